@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it. `setup_env [extra]` moves to the repository root, makes .venv where
+# there is none, installs the package in it (editable, with that extra: test, cuda or tpu) and puts it on
+# PATH. PYTHON picks the interpreter. What was installed for this same pyproject.toml is left alone.
+
+setup_env() {
+  local extra="${1:-}" python="${PYTHON:-python3}" stamp hash
+  cd "$(dirname "${BASH_SOURCE[0]}")/.." || return 1
+  if [[ ! -x .venv/bin/pip ]]; then
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      echo "setup: $python is missing or older than 3.11. Install Python >= 3.11 or set PYTHON." >&2
+      return 1
+    fi
+    "$python" -m venv .venv || return 1
+  fi
+  export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+
+  stamp=".venv/.installed-${extra:-base}"
+  # sha256sum is not on every system; Python is.
+  hash="$(python -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest())')" ||
+    return 1
+  if [[ -f "$stamp" && "$(<"$stamp")" == "$hash" ]]; then
+    return 0
+  fi
+  echo "setup: installing reptune_jax${extra:+[$extra]} into .venv"
+  python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" || return 1
+  echo "$hash" >"$stamp"
+}
