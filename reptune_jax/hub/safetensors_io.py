@@ -1,0 +1,217 @@
+"""Safetensors in and out: lazy reading of one or many shards, atomic writing with an index."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorHandle:
+    """A tensor that stays on disk until `read()`; `dtype` is what `read()` returns."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+
+
+def read_tensors(folder: Path) -> dict[str, TensorHandle]:
+    """Name -> handle of every tensor in an HF folder; reads headers only.
+
+    Raises:
+      ValueError: no safetensors, a shard missing, outside the folder, truncated or foreign.
+    """
+    if (folder / INDEX).exists():
+        return _read_sharded(folder)
+    files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    if (folder / SINGLE) in files:
+        files = [folder / SINGLE]
+    if not files:
+        raise ValueError(f"{folder}: found no *.safetensors weights, {_instead(folder)}")
+    tensors: dict[str, TensorHandle] = {}
+    for path in files:
+        shard = _read_file(path)
+        if both := sorted(tensors.keys() & shard.keys()):
+            raise ValueError(
+                f"{folder}: {both[0]} is in {path.name} and in another file, and there is no "
+                f"{INDEX}. Keep the files of one model only."
+            )
+        tensors.update(shard)
+    return tensors
+
+
+def _instead(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    if any(name.startswith("adapter_") for name in names):
+        return "only an adapter. Name the base model, or merge the adapter into it first."
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+        return (
+            f"only {pickles[0]}. Pickles are not opened, because they can run code: convert it to "
+            "safetensors (transformers: model.save_pretrained)."
+        )
+    return "expected model.safetensors or shards with an index. Download the weights too."
+
+
+def _read_sharded(folder: Path) -> dict[str, TensorHandle]:
+    try:
+        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / INDEX}: no readable weight_map ({error!r}). Download it again."
+        ) from None
+    tensors: dict[str, TensorHandle] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or "\\" in shard or shard == "..":
+            raise ValueError(
+                f"{folder / INDEX}: got shard {shard!r}, expected a file name inside the folder. "
+                "Do not trust this checkpoint."
+            )
+        if not (folder / shard).exists():
+            raise ValueError(f"{folder / INDEX}: names {shard}, which is missing. Download it.")
+        tensors.update(_read_file(folder / shard))
+    if absent := sorted(weight_map.keys() - tensors.keys()):
+        raise ValueError(
+            f"{folder / INDEX}: {absent[0]} is not in {weight_map[absent[0]]} ({len(absent)} "
+            "such). Index and shards belong to different models."
+        )
+    return {name: tensors[name] for name in weight_map}
+
+
+def _read_file(path: Path) -> dict[str, TensorHandle]:
+    try:
+        file = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: got {path.stat().st_size:,} bytes, expected {_expected_bytes(path)} "
+            f"({error}). The file is truncated or no safetensors file; download it again."
+        ) from None
+    return {name: _handle(path, file, name) for name in file.keys()}  # noqa: SIM118
+
+
+def _expected_bytes(path: Path) -> str:
+    raw = path.read_bytes() if path.stat().st_size < 8 else path.open("rb").read(8)
+    length = int.from_bytes(raw, "little")
+    if len(raw) < 8 or length > min(path.stat().st_size, 100_000_000):
+        return "a whole header first"
+    with path.open("rb") as file:
+        file.seek(8)
+        try:
+            entries = json.loads(file.read(length))
+            ends = [e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "a JSON header"
+    return f"{8 + length + max(ends, default=0):,}"
+
+
+def _handle(path: Path, file: Any, name: str) -> TensorHandle:
+    part = file.get_slice(name)
+    if part.get_dtype() not in _DTYPES:
+        raise ValueError(
+            f"{path}: {name} has dtype {part.get_dtype()}, expected one of {', '.join(_DTYPES)}. "
+            "Quantized checkpoints are not read: use the unquantized model, or a GGUF file."
+        )
+    return TensorHandle(
+        tuple(part.get_shape()), _DTYPES[part.get_dtype()], lambda: file.get_tensor(name)
+    )
+
+
+def save_tensors(
+    folder: Path | str,
+    tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
+    max_shard_bytes: float = 5e9,
+) -> list[Path]:
+    """Writes `model.safetensors`, or shards and an index; returns the files, index last.
+
+    Pairs are consumed one at a time, so at most one shard is in memory. Files appear under their
+    names only when all of them are complete; weights of an earlier save are removed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    temporary: list[Path] = []
+    names: list[list[str]] = []
+    total = 0
+    try:
+        for shard in tqdm(
+            _shards(pairs, max_shard_bytes), desc="writing weights", delay=2, leave=False
+        ):
+            temporary.append(folder / f".tmp-{os.getpid()}-{len(temporary):05d}.safetensors")
+            save_file(shard, temporary[-1], metadata={"format": "pt"})
+            names.append(list(shard))
+            total += sum(array.nbytes for array in shard.values())
+        _reject_duplicates(names)
+        return _publish(folder, temporary, names, total)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def _shards(
+    pairs: Iterable[tuple[str, np.ndarray]], limit: float
+) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, tensor in pairs:
+        # a transposed view would be written in memory order, not in its own
+        array = np.ascontiguousarray(tensor).reshape(np.shape(tensor))
+        if shard and size + array.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        if name in shard:
+            raise ValueError(f"{name}: given twice, expected once.")
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+def _reject_duplicates(names: list[list[str]]) -> None:
+    flat = [name for shard in names for name in shard]
+    if len(flat) != len(set(flat)):
+        twice = next(name for name in flat if flat.count(name) > 1)
+        raise ValueError(f"{twice}: given twice, expected once.")
+
+
+def _publish(folder: Path, temporary: list[Path], names: list[list[str]], total: int) -> list[Path]:
+    count = len(temporary)
+    final = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    final = [SINGLE] if count == 1 else final
+    for source, target in zip(temporary, final, strict=True):
+        os.replace(source, folder / target)
+    written = [folder / name for name in final]
+    if count > 1:
+        weight_map = {
+            name: file for file, shard in zip(final, names, strict=True) for name in shard
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        sibling = folder / f".tmp-{os.getpid()}-index.json"
+        sibling.write_text(json.dumps(index, indent=2) + "\n")
+        os.replace(sibling, folder / INDEX)
+        written.append(folder / INDEX)
+    for stale in {folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")}:
+        if stale not in written:
+            stale.unlink(missing_ok=True)
+    return written

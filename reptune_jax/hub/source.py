@@ -1,0 +1,170 @@
+"""Any accepted model name -> config, lazily read tensors under HF names, tokenizer."""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reptune_jax.hub.gguf_io import read_gguf
+from reptune_jax.hub.safetensors_io import TensorHandle, read_tensors
+from reptune_jax.hub.tokenizer import check_vocabulary, gguf_tokenizer
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DOWNLOAD = ["config.json", "generation_config.json", "*tokenizer*", "*token*.json", "vocab.json"]
+_DOWNLOAD += ["merges.txt", "chat_template*", "*.safetensors", "*.safetensors.index.json"]
+_SKIP = ["original/*", "consolidated*", "onnx/*", "*/*.safetensors"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model on disk; nothing of its weights is read until a handle is."""
+
+    name: str
+    config: dict[str, Any]  # keys of HF config.json
+    tensors: Mapping[str, TensorHandle] = dataclasses.field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase | None" = dataclasses.field(repr=False)
+    folder: Path | None  # None for a GGUF file
+    eos_ids: tuple[int, ...]  # tokens that end a generation
+
+
+def open_source(name: str | Path) -> Source:
+    """Opens an HF folder, a hub id (`org/name`, downloaded once) or a `.gguf` file.
+
+    Raises:
+      ValueError: nothing there, files missing, damaged or unsafe, or the hub does not give it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_folder(str(name), path)
+    if path.is_file():
+        return _open_file(str(name), path)
+    if _HUB_ID.fullmatch(str(name)) and path.suffix != ".gguf":
+        return _open_folder(str(name), _download(str(name)))
+    raise ValueError(
+        f"model: {str(name)!r} does not exist{_did_you_mean(path)}, expected a folder with "
+        "config.json, a .gguf file, or a hub id such as 'org/name'."
+    )
+
+
+def _did_you_mean(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return f" (did you mean {str(path.parent / close[0])!r}?)" if close else ""
+
+
+def _open_file(name: str, path: Path) -> Source:
+    if path.suffix in (".safetensors", ".json", ".bin", ".pt", ".pth"):
+        raise ValueError(
+            f"model: got the file {name!r}, expected its folder. Name {str(path.parent)!r}."
+        )
+    gguf = read_gguf(path)
+    tokenizer = gguf_tokenizer(gguf.metadata)
+    check_vocabulary(tokenizer, gguf.config["vocab_size"])
+    ends = [gguf.config.get("eos_token_id"), gguf.metadata.get("tokenizer.ggml.eot_token_id")]
+    return Source(name, gguf.config, gguf.tensors, tokenizer, None, _ids(ends))
+
+
+def _open_folder(name: str, folder: Path) -> Source:
+    config = _config(folder)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"{name}: is quantized ({method}), expected plain weights. "
+            "Use the unquantized model, or a GGUF file."
+        )
+    tensors = read_tensors(folder)
+    tokenizer = _tokenizer(folder)
+    if tokenizer is not None and "vocab_size" in config:
+        check_vocabulary(tokenizer, config["vocab_size"])
+    return Source(name, config, tensors, tokenizer, folder, _folder_eos(folder, config, tokenizer))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if (folder / "config.json").exists():
+        return _json(folder / "config.json")
+    advice = "Is this the model's own folder?"
+    if (folder / "adapter_config.json").exists():
+        advice = "This is an adapter: name its base model, or merge it into the base first."
+    elif files := sorted(folder.glob("*.gguf")):
+        advice = f"Did you mean the file {str(files[0])!r}?"
+    raise ValueError(
+        f"{folder}: has no config.json, expected a Hugging Face model folder. {advice}"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}). Download it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        # never a folder's own code: auto_map is ignored or refused, not run
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # transformers raises many kinds, all about the files
+        raise ValueError(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}). "
+            "Code in model folders is not run; a tokenizer.json is needed."
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{folder}: got a slow tokenizer, expected a tokenizer.json. Convert it.")
+    return tokenizer
+
+
+def _folder_eos(
+    folder: Path, config: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    generation = _json(path) if path.exists() else {}
+    for found in (generation.get("eos_token_id"), config.get("eos_token_id")):
+        if found is not None:
+            return _ids(found if isinstance(found, list) else [found])
+    return _ids([tokenizer.eos_token_id] if tokenizer is not None else [])
+
+
+def _ids(found: list[int | None]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOAD, ignore_patterns=_SKIP))
+    except errors.GatedRepoError:
+        why = "is gated. Accept its license on its hub page and log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = (
+            "is neither a folder here nor a public model on the hub. Check the spelling; for "
+            "a private model log in with `hf auth login`"
+        )
+    except errors.HFValidationError as error:
+        why = f"is no valid hub id ({error})"
+    except Exception as error:  # every HTTP library has its own connection errors
+        first = str(error).strip().splitlines()[:1] or [""]
+        why = (
+            "is not a folder here, and the hub cannot be reached "
+            f"({type(error).__name__}: {first[0]}). Connect, or download the model elsewhere and "
+            "name its folder or a .gguf file"
+        )
+    raise ValueError(f"model: {name!r} {why}.")

@@ -1,0 +1,271 @@
+"""Tokenizers: built from GGUF metadata, chat texts, and where in a prompt a position is."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from tokenizers.models import BPE
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+POSITIONS = "last, before_answer, response, all, or a negative offset from the end such as -2"
+
+
+def _smollm() -> Any:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def _split_by(pattern: str) -> Any:
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, byte_level])
+
+
+_PRE = {
+    "smollm": _smollm,
+    "qwen2": lambda: _split_by(_QWEN2_SPLIT),
+    "llama-bpe": lambda: _split_by(_LLAMA3_SPLIT),
+}
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
+    """Builds the tokenizer that a GGUF file describes, from its metadata alone.
+
+    Raises:
+      ValueError: a kind of vocabulary or a pre-tokenizer that would give other token ids.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokens: list[str] = _field(metadata, "tokens")
+    core = _byte_level_bpe(metadata, tokens)
+    kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    core.add_tokens(_added(tokens, kinds, _USER_DEFINED))
+    core.add_special_tokens(_added(tokens, kinds, _CONTROL))
+    special = {
+        f"{name}_token": tokens[metadata[key]]
+        for name in ("bos", "eos", "pad", "unk")
+        if (key := _special_key(name)) in metadata
+    }
+    if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
+        bos = special["bos_token"]
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, core.token_to_id(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, clean_up_tokenization_spaces=False, **special
+    )
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    arch = metadata.get("general.architecture")
+    if length := metadata.get(f"{arch}.context_length"):
+        tokenizer.model_max_length = length
+    return tokenizer
+
+
+def _special_key(name: str) -> str:
+    return f"tokenizer.ggml.{ {'pad': 'padding', 'unk': 'unknown'}.get(name, name) }_token_id"
+
+
+def _field(metadata: Mapping[str, Any], key: str) -> Any:
+    if f"tokenizer.ggml.{key}" not in metadata:
+        raise ValueError(
+            f"tokenizer.ggml.{key}: missing from the GGUF file. Convert the file again."
+        )
+    return metadata[f"tokenizer.ggml.{key}"]
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
+    advice = "Load this model from its Hugging Face folder instead."
+    if (model := _field(metadata, "model")) != "gpt2":
+        raise ValueError(
+            f"tokenizer.ggml.model: got {model!r}, expected 'gpt2' (byte-level BPE). {advice}"
+        )
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre not in _PRE:
+        raise ValueError(
+            f"tokenizer.ggml.pre: got {pre!r}, expected one of {', '.join(_PRE)}. {advice}"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in _field(metadata, "merges")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    core = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = _PRE[pre]()
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _added(tokens: Sequence[str], kinds: Sequence[int], kind: int) -> list[AddedToken]:
+    return [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, found in zip(tokens, kinds, strict=True)
+        if found == kind
+    ]
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    """Refuses a tokenizer whose ids the embedding does not have (a lookup would clamp silently)."""
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= vocab_size:
+        raise ValueError(
+            f"tokenizer: got id {highest} ({token!r}), expected ids below the model's vocabulary "
+            f"of {vocab_size}. The tokenizer belongs to another model, or tokens were added "
+            "without resizing the embedding."
+        )
+
+
+def chat_text(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, str]],
+    add_generation_prompt: bool = True,
+) -> str:
+    """Renders messages with the model's own template, special tokens included.
+
+    Tokenize the result with `add_special_tokens=False`.
+    """
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "chat_template: the tokenizer has none, expected one for chat messages. "
+            "Use an instruct model, or give raw text."
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except jinja2.TemplateError as error:
+        roles = [m.get("role") for m in messages]
+        raise ValueError(
+            f"messages: the model's chat template refuses roles {roles}: {error}"
+        ) from None
+    return str(text)
+
+
+def answer_prefix(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], prefix: str
+) -> str:
+    """Chat text whose assistant turn already begins with `prefix`, for the model to continue."""
+    return chat_text(tokenizer, messages) + prefix
+
+
+def find_position(
+    tokenizer: "PreTrainedTokenizerBase",
+    text_or_ids: str | Sequence[int],
+    position: str | int,
+    prompt_length: int | None = None,
+    cue: str = "Answer",
+) -> int | slice:
+    """Index of a named position among the tokens, or a slice for `response` and `all`.
+
+    Positions are those of the prompt: its first `prompt_length` tokens, or everything. Text is
+    tokenized without special tokens, as `chat_text` contains them.
+
+    Raises:
+      ValueError: the position is unknown or is not in this prompt.
+    """
+    spans, text = _spans(tokenizer, text_or_ids)
+    n = len(spans)
+    if prompt_length is not None and not 0 < prompt_length <= n:
+        raise ValueError(
+            f"prompt_length: got {prompt_length}, expected 1 to {n}, the tokens given."
+        )
+    end = n if prompt_length is None else prompt_length
+    if position == "all":
+        return slice(0, n)
+    if position == "response":
+        if prompt_length is None or prompt_length == n:
+            raise _missing(
+                position, text, "there is no completion after the prompt (see prompt_length)"
+            )
+        return slice(prompt_length, n)
+    if position == "before_answer":
+        return _before_cue(spans[:end], text, cue)
+    return _from_end(position, end, text)
+
+
+def _from_end(position: str | int, end: int, text: str) -> int:
+    offset = -1 if position == "last" else position
+    if isinstance(offset, str) and re.fullmatch(r"-\d+", offset):
+        offset = int(offset)
+    if not isinstance(offset, int) or offset >= 0:
+        raise ValueError(f"position: got {position!r}, expected {POSITIONS}.")
+    if end + offset < 0:
+        raise _missing(position, text, f"the prompt has {end} tokens")
+    return end + offset
+
+
+def _before_cue(spans: Sequence[tuple[int, int]], text: str, cue: str) -> int:
+    prompt = text[: max((end for _, end in spans), default=0)]
+    newline = prompt.rfind(f"\n{cue}")
+    for index, (start, end) in enumerate(spans):
+        if start <= newline < end:
+            return index
+    raise _missing("before_answer", prompt, f"no line starts with {cue!r}")
+
+
+def _missing(position: str | int, text: str, why: str) -> ValueError:
+    return ValueError(
+        f"position: {position!r} is not in the prompt ending {text[-60:]!r}: {why}. "
+        f"Change the prompt, or use {POSITIONS}."
+    )
+
+
+def _spans(
+    tokenizer: "PreTrainedTokenizerBase", text_or_ids: str | Sequence[int]
+) -> tuple[list[tuple[int, int]], str]:
+    if isinstance(text_or_ids, str):
+        coded = tokenizer(text_or_ids, add_special_tokens=False, return_offsets_mapping=True)
+        return [(start, end) for start, end in coded["offset_mapping"]], text_or_ids
+    spans, pieces, length = [], [], 0
+    for token in text_or_ids:
+        pieces.append(str(tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)))
+        spans.append((length, length + len(pieces[-1])))
+        length += len(pieces[-1])
+    return spans, "".join(pieces)
+
+
+def free_label_tokens(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, pos: str, neg: str
+) -> tuple[int, int]:
+    """First token ids of two verdicts where they continue `prompt`.
+
+    Raises:
+      ValueError: both start with the same token, or a verdict changes the prompt's own tokens.
+    """
+    first_pos = _first_token(tokenizer, prompt, pos)
+    first_neg = _first_token(tokenizer, prompt, neg)
+    if first_pos == first_neg:
+        shared = tokenizer.decode([first_pos])
+        raise ValueError(
+            f"verdicts: {pos!r} and {neg!r} both start with the token {shared!r}, expected "
+            "different first tokens. Choose other words."
+        )
+    return first_pos, first_neg
+
+
+def _first_token(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str) -> int:
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    joint = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    if joint[: len(before)] != before or len(joint) == len(before):
+        raise ValueError(
+            f"verdict: {answer!r} is not tokenized apart from the prompt ending {prompt[-30:]!r}. "
+            "Move a trailing space of the prompt to the front of the verdict."
+        )
+    return int(joint[len(before)])
