@@ -1,0 +1,386 @@
+"""`Model`: an architecture, its weights and its tokenizer, bound together.
+
+The methods here are the convenient face (text in, text or arrays out) of the pure functions in
+`model/`; programs that need their own jitted step use those directly.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from reptune_jax import mesh as meshes
+from reptune_jax.hub import export, weights
+from reptune_jax.hub import source as sources
+from reptune_jax.hub import tokenizer as tokenizers
+from reptune_jax.model import arch as archs
+from reptune_jax.model import decode
+from reptune_jax.model.arch import Arch
+from reptune_jax.model.intervene import Steer
+from reptune_jax.model.transformer import Decoder, collect, init_cache, whole
+
+_BUCKET = 16  # token lengths are rounded up to this, so that few shapes are compiled
+
+
+class Steerable(Protocol):
+    """What `steer=` accepts besides a ready `Steer`: a SteeringVector."""
+
+    def steer(self, arch: Arch, B: int, T: int) -> Steer: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One forward pass."""
+
+    logits_BxTxV: jax.Array  # float32
+    residual_NxBxTxD: jax.Array | None  # output of every block, before the final norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A chat model; see `load`. `config` is the raw config.json, kept for the export."""
+
+    arch: Arch
+    params: dict[str, Any]
+    tokenizer: Any
+    config: dict[str, Any]
+    name: str
+    dtype: Any
+    stop_ids: tuple[int, ...]
+
+    @functools.cached_property
+    def sha(self) -> str:
+        """Identifies the base weights, at bfloat16 precision so that storage dtype does not matter.
+
+        Reads what tuning leaves alone (final norm, some embeddings): a tuned model has its base's.
+        """
+        parts = self.params["final_norm"]["scale"], self.params["embed"]["embedding"][:64]
+        data = b"".join(np.asarray(p.astype(jnp.bfloat16)).tobytes() for p in parts)
+        return hashlib.sha256(repr(self.arch).encode() + data).hexdigest()[:16]
+
+    @property
+    def decoder(self) -> Decoder:
+        return whole(self.arch, self.dtype)
+
+    def forward(
+        self,
+        tokens_BxT: Any,
+        mask_BxT: Any = None,
+        steer: Steerable | Steer | None = None,
+        capture: bool = False,
+    ) -> Output:
+        """Full forward. `mask_BxT` is 1 on real tokens, padding on either side."""
+        tokens_BxT = jnp.asarray(tokens_BxT)
+        mask_BxT = jnp.ones_like(tokens_BxT) if mask_BxT is None else jnp.asarray(mask_BxT)
+        steer = as_steer(steer, self.arch, *tokens_BxT.shape)
+        logits, residual = _forward(
+            self.decoder, self.params, tokens_BxT, mask_BxT, steer, capture=capture
+        )
+        return Output(logits, residual)
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[dict[str, str]]],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        steer: Steerable | None = None,
+        chat: bool = True,
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues each prompt (text, or chat messages); greedy at temperature 0.
+
+        `chat` renders a text prompt as one user turn. Steering applies to prompt and new tokens.
+        """
+        new = self.generate_each(
+            [self.encode_prompt(prompt, chat) for prompt in prompts],
+            max_new_tokens,
+            temperature,
+            steer,
+            batch_size,
+            seed,
+        )
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+
+    def generate_each(
+        self,
+        prompts: Sequence[list[int]],
+        max_new: int,
+        temperature: float = 0.0,
+        steer: Steerable | None = None,
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Ids in, new ids out, in order; a stop token ends a row and is kept as its last id."""
+        _check_batched(prompts, steer)
+        out: list[list[int]] = [[]] * len(prompts)
+        size = max(1, min(batch_size, len(prompts)))  # few prompts: no rows for nothing
+        batches = list(batches_by_length([len(p) for p in prompts], size))
+        for rows in tqdm(batches, desc="generating", delay=2, leave=False):
+            tokens, mask = pad([prompts[r] for r in rows], self.pad_id, left=True, rows=size)
+            new_BxM = self.generate_ids(tokens, mask, max_new, temperature, steer, seed + rows[0])
+            for r, new_M in zip(rows, new_BxM, strict=False):
+                out[r] = self.cut(new_M)
+        return out
+
+    def generate_ids(
+        self,
+        tokens_BxT: np.ndarray,
+        mask_BxT: np.ndarray,
+        max_new: int,
+        temperature: float = 0.0,
+        steer: Steerable | Steer | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Left-padded ids in, [B, max_new] ids out (a row repeats its stop token after it)."""
+        B, T = tokens_BxT.shape
+        new_BxM, _ = decode.generate(
+            self.decoder,
+            self.params,
+            jnp.asarray(tokens_BxT),
+            jnp.asarray(mask_BxT),
+            init_cache(self.arch, B, T + max_new, self.dtype),
+            as_steer(steer, self.arch, B, T + 1),
+            jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
+            jnp.float32(temperature),
+            jax.random.key(seed),
+            max_new=max_new,
+        )
+        return np.asarray(new_BxM)
+
+    def loglikelihood(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        steer: Steerable | None = None,
+        batch_size: int = 32,
+    ) -> list[tuple[float, bool]]:
+        """(sum of log p(continuation | context), whether greedy decoding would give it).
+
+        Context and continuation are tokenised jointly, so that a boundary is never cut differently
+        from running text; an empty context starts from the BOS (or EOS) token.
+        """
+        encoded = [self.encode_pair(c, t) for c, t in pairs]
+        ids, starts = [i for i, _ in encoded], [s for _, s in encoded]
+        return self.score_ids(ids, starts, steer, batch_size)
+
+    def score_ids(
+        self,
+        ids: Sequence[list[int]],
+        starts: Sequence[int],
+        steer: Steerable | None = None,
+        batch_size: int = 32,
+    ) -> list[tuple[float, bool]]:
+        """(sum of log p(ids[start:] | ids[:start]), whether each of them is the argmax)."""
+        _check_batched(ids, steer)
+        out: list[tuple[float, bool]] = [(0.0, False)] * len(ids)
+        size = max(1, min(batch_size, len(ids)))
+        for rows in batches_by_length([len(i) for i in ids], size):
+            tokens, mask = pad([ids[r] for r in rows], self.pad_id, left=False, rows=size)
+            starts_B = np.resize([starts[r] for r in rows], len(tokens)).astype(np.int32)
+            logp_B, greedy_B = _score(
+                self.decoder,
+                self.params,
+                jnp.asarray(tokens),
+                jnp.asarray(mask),
+                jnp.asarray(starts_B),
+                as_steer(steer, self.arch, *tokens.shape),
+                L=-(-max(len(ids[r]) - starts[r] for r in rows) // _BUCKET) * _BUCKET,
+            )
+            for r, logp, greedy in zip(
+                rows, np.asarray(logp_B), np.asarray(greedy_B), strict=False
+            ):
+                out[r] = float(logp), bool(greedy)
+        return out
+
+    def next_logp(
+        self,
+        prompts: Sequence[list[int]],
+        candidates_IxC: np.ndarray,
+        steer: Steerable | None = None,
+        batch_size: int = 32,
+    ) -> np.ndarray:
+        """log p(candidate is the next token) for each prompt's C candidates, [I, C]."""
+        _check_batched(prompts, steer)
+        out_IxC = np.zeros(candidates_IxC.shape, np.float32)
+        size = max(1, min(batch_size, len(prompts)))
+        for rows in batches_by_length([len(p) for p in prompts], size):
+            tokens, mask = pad([prompts[r] for r in rows], self.pad_id, left=True, rows=size)
+            candidates_BxC = candidates_IxC[np.resize(rows, len(tokens))]
+            steer_B = as_steer(steer, self.arch, *tokens.shape)
+            logp = _next(self.decoder, self.params, tokens, mask, candidates_BxC, steer_B)
+            out_IxC[rows] = np.asarray(logp)[: len(rows)]
+        return out_IxC
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id if self.tokenizer else None
+        return next(iter(self.stop_ids), 0) if pad is None else pad
+
+    def encode_prompt(self, prompt: str | list[dict[str, str]], chat: bool = True) -> list[int]:
+        if isinstance(prompt, str) and not chat:
+            return self.tokenizer.encode(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizers.chat_text(self.tokenizer, messages)
+        # The template has written its own special tokens; adding them again would double BOS.
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Joint ids and the index of the continuation's first token (by character offset)."""
+        encoded = self.tokenizer(
+            context + continuation, return_offsets_mapping=True, add_special_tokens=False
+        )
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        start = next((i for i, (_, end) in enumerate(offsets) if end > len(context)), None)
+        if start is None:
+            raise ValueError(
+                f"continuation: got {continuation!r}, which has no token of its own, expected text "
+                "to score. Drop it."
+            )
+        if start == 0:
+            bos = self.tokenizer.bos_token_id
+            return [next(iter(self.stop_ids), self.pad_id) if bos is None else bos, *ids], 1
+        return ids, start
+
+    def cut(self, new_M: np.ndarray) -> list[int]:
+        """The generated ids up to and including the first stop token."""
+        ids = new_M.tolist()
+        stop = next((i for i, t in enumerate(ids) if t in self.stop_ids), len(ids))
+        return ids[: stop + 1]
+
+
+def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """Loads a Hugging Face folder, a hub id, or a `.gguf` file. Needs no torch.
+
+    `dtype` is both storage and compute; by default float32 on CPU, bfloat16 on accelerators.
+
+    Raises:
+      ValueError, FileNotFoundError: one message naming what is missing, unknown or mis-shaped.
+    """
+    dtype = jnp.dtype(dtype or default_dtype())
+    source = sources.open_source(name)
+    try:
+        arch = archs.from_config(source.config)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+    if source.tokenizer is not None:
+        tokenizers.check_vocabulary(source.tokenizer, arch.V)
+    host = weights.load_params(source, arch, dtype)
+    params = meshes.put_params(host, mesh)
+    return Model(arch, params, source.tokenizer, dict(source.config), name, dtype, source.eos_ids)
+
+
+def save_hf(model: Model, folder: str | os.PathLike[str], card: str = "") -> Path:
+    """Writes an ordinary Hugging Face folder that plain `transformers` loads; see `hub.export`."""
+    config = {k: v for k, v in model.config.items() if k != "torch_dtype"}  # old name of dtype
+    return export.save_folder(
+        folder,
+        {**config, "dtype": model.dtype.name},
+        model.params,
+        model.tokenizer,
+        {"eos_token_id": list(model.stop_ids) or None, "pad_token_id": model.pad_id},
+        card or f"# {Path(folder).name}\n\nExported from {model.name} by reptune_jax.\n",
+    )
+
+
+def default_dtype() -> str:
+    """fp32 where bf16 has no fast path."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def as_steer(steer: Steerable | Steer | None, arch: Arch, B: int, T: int) -> Steer | None:
+    """Every way to say "steer" becomes the same data."""
+    if steer is None or isinstance(steer, Steer):
+        return steer
+    return steer.steer(arch, B, T)
+
+
+def _check_batched(ids: Sequence[Sequence[int]], steer: Any) -> None:
+    for i, row in enumerate(ids):
+        if not row:
+            raise ValueError(
+                f"prompt {i}: got no tokens, expected at least one. Give it some text."
+            )
+    if isinstance(steer, Steer):
+        raise ValueError(
+            "steer: got a Steer, which is bound to the rows and columns of one batch, expected a "
+            "SteeringVector where rows are sorted and padded. Use `forward` or `generate_ids`."
+        )
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+def pad(
+    ids: Sequence[Sequence[int]],
+    pad_id: int,
+    left: bool,
+    rows: int | None = None,
+    bucket: int = _BUCKET,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask), int32 [rows, T]; T is rounded up and missing rows repeat the first one."""
+    rows = max(rows or len(ids), len(ids))
+    T = -(-max(map(len, ids)) // bucket) * bucket
+    tokens = np.full((rows, T), pad_id, np.int32)
+    mask = np.zeros((rows, T), np.int32)
+    for r in range(rows):
+        row = ids[r] if r < len(ids) else ids[0]
+        where = slice(T - len(row), T) if left else slice(0, len(row))
+        tokens[r, where], mask[r, where] = row, 1
+    return tokens, mask
+
+
+@partial(jax.jit, static_argnames=("decoder", "capture"))
+def _forward(decoder, params, tokens_BxT, mask_BxT, steer, *, capture):
+    (hidden, _), sown = decoder.apply(
+        {"params": params},
+        tokens_BxT,
+        mask_BxT,
+        steer=steer,
+        keep_residual=capture,
+        mutable=["intermediates"],
+    )
+    logits = decoder.apply({"params": params}, hidden, method="logits")
+    if not capture:
+        return logits, None
+    return logits, collect(sown["intermediates"], decoder.segments, "residual")
+
+
+@partial(jax.jit, static_argnames=("decoder", "L"))
+def _score(decoder, params, tokens_BxT, mask_BxT, start_B, steer, *, L):
+    """Summed log-probability of the tokens from `start_B` on, and whether each is the argmax."""
+    hidden, _ = decoder.apply({"params": params}, tokens_BxT, mask_BxT, steer=steer)
+    at_BxL = start_B[:, None] + jnp.arange(L)
+    real_BxL = at_BxL < mask_BxT.sum(axis=1, keepdims=True)
+    at_BxL = jnp.minimum(at_BxL, tokens_BxT.shape[1] - 1)
+    target_BxL = jnp.take_along_axis(tokens_BxT, at_BxL, axis=1)
+    hidden_BxLxD = jnp.take_along_axis(hidden, at_BxL[..., None] - 1, axis=1)
+
+    def row(args):  # one row at a time: [L, V] logits, never [B, L, V]
+        hidden_LxD, target_L, real_L = args
+        logits_LxV = decoder.apply({"params": params}, hidden_LxD, method="logits")
+        picked_L = jnp.take_along_axis(logits_LxV, target_L[:, None], axis=1)[:, 0]
+        logp_L = picked_L - jax.nn.logsumexp(logits_LxV, axis=-1)
+        greedy_L = picked_L >= logits_LxV.max(axis=-1)
+        return jnp.sum(logp_L * real_L), jnp.all(greedy_L | ~real_L)
+
+    return jax.lax.map(row, (hidden_BxLxD, target_BxL, real_BxL))
+
+
+@partial(jax.jit, static_argnames=("decoder",))
+def _next(decoder, params, tokens_BxT, mask_BxT, candidates_BxC, steer):
+    """Left-padded prompts: the last column predicts the next token of every row."""
+    hidden, _ = decoder.apply({"params": params}, tokens_BxT, mask_BxT, steer=steer)
+    logits_BxV = decoder.apply({"params": params}, hidden[:, -1], method="logits")
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_BxV, axis=-1), candidates_BxC, axis=1)

@@ -1,0 +1,100 @@
+"""The device mesh, and the one table that says how every array is laid out on it.
+
+Axes: `data` replicates the weights, `fsdp` shards them over the residual axis, `tensor` over heads
+and MLP columns; a batch is split over `data` and `fsdp`.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# path -> layout of the unstacked leaf; a stacked layer axis in front is never split
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(embed|head)/embedding$", PartitionSpec("tensor", "fsdp")),  # [V, D]
+    (r"attn/[qkv]/kernel$", PartitionSpec("fsdp", "tensor", None)),  # [D, H, Dh]
+    (r"attn/[qkv]/bias$", PartitionSpec("tensor", None)),  # [H, Dh]
+    (r"attn/o/kernel$", PartitionSpec("tensor", None, "fsdp")),  # [H, Dh, D]
+    (r"mlp/(gate|up)/kernel$", PartitionSpec("fsdp", "tensor")),  # [D, F]
+    (r"mlp/(gate|up)/bias$", PartitionSpec("tensor")),  # [F]
+    (r"mlp/down/kernel$", PartitionSpec("tensor", "fsdp")),  # [F, D]
+    (r"(scale|attn/o/bias|mlp/down/bias)$", PartitionSpec(None)),  # [D]
+)
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices; one size may be -1 and takes what is left.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes, n = [data, fsdp, tensor], jax.device_count()
+    shape = dict(zip(AXES, sizes, strict=True))
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = n // max(int(np.prod([s for s in sizes if s != -1])), 1)
+    if min(sizes) < 1 or int(np.prod(sizes)) != n:
+        raise ValueError(
+            f"mesh: got {shape}, expected sizes whose product is the {n} devices. Set one to -1."
+        )
+    # Auto axes: flax.linen modules fail under Explicit ones, which are make_mesh's default.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(path: str, ndim: int) -> PartitionSpec:
+    """The rule for a leaf; axes in front of it (stacked layers, optimizer factors) stay whole."""
+    for pattern, rule in RULES:
+        if re.search(pattern, path):
+            return PartitionSpec(*(None,) * (ndim - len(rule)), *rule)
+    raise ValueError(f"{path}: no sharding rule matches it. Add one to RULES in mesh.py.")
+
+
+def check_divides(shapes: dict[str, tuple[int, ...]], mesh: Mesh) -> None:
+    """Raises one ValueError naming every array axis that a mesh axis does not divide.
+
+    jax itself silently replicates such an array inside a constraint.
+    """
+    problems = []
+    for path, shape in shapes.items():
+        for dim, axis in zip(shape, spec(path, len(shape)), strict=True):
+            if axis is not None and dim % mesh.shape[axis]:
+                problems.append(f"{path} {list(shape)}: {dim} over {axis}={mesh.shape[axis]}")
+    if problems:
+        raise ValueError("mesh: these do not divide evenly:\n  " + "\n  ".join(problems))
+
+
+def put_params(host: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    """Numpy weights to the devices, each leaf born in its layout."""
+    flat = traverse_util.flatten_dict(host, sep="/")
+    if mesh is None:
+        placed = {path: jax.device_put(leaf) for path, leaf in flat.items()}
+    else:
+        check_divides({path: leaf.shape for path, leaf in flat.items()}, mesh)
+        placed = {
+            path: jax.device_put(leaf, NamedSharding(mesh, spec(path, leaf.ndim)))
+            for path, leaf in flat.items()
+        }
+    return traverse_util.unflatten_dict(placed, sep="/")
+
+
+def put_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Rows over (data, fsdp); leaves must have the batch on their first axis.
+
+    Raises:
+      ValueError: the rows cannot be shared out evenly.
+    """
+    if mesh is None:
+        return jax.device_put(batch)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for rows in {len(leaf) for leaf in jax.tree.leaves(batch)}:
+        if rows % ways:
+            raise ValueError(
+                f"batch: got {rows} rows, expected a multiple of mesh data x fsdp = {ways}. "
+                "Change train.batch and train.retain_batch, or the mesh."
+            )
+    return jax.device_put(batch, NamedSharding(mesh, BATCH))

@@ -1,0 +1,1 @@
+"""The decoder as one pure function of (params, tokens, interventions)."""
