@@ -1,0 +1,78 @@
+"""Tuning examples: what the token loss predicts and where the cosine is taken."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from reptune_jax.data.batches import Example
+
+_NEUTRAL_SHARE = 0.5  # label-neutral targets: both candidates at one half
+
+
+class Answer(NamedTuple):
+    """A persona's own answer to a prompt, as token ids (never re-tokenised)."""
+
+    item: str  # id of the prompt's row
+    split: str
+    sign: int  # +1: the persona that exhibits the behavior
+    prompt: str
+    text: str
+    ids: list[int]
+    odds: float  # log p(ids | own persona) - log p(ids | opposite persona), per token
+
+
+def response_example(prompt: list[int], answer: list[int], position: str | int) -> Example:
+    """A prompt without persona, continued by a persona's answer.
+
+    `position`: response (every answer token), last (last prompt token), all, or a negative offset
+    from the end of the prompt.
+    """
+    P, end = len(prompt), len(prompt) + len(answer)
+    span = {"response": (P, end), "last": (P - 1, P), "all": (0, end)}.get(str(position))
+    if span is None:
+        span = offset_span(int(position), P)
+    at = list(range(P - 1, end - 1))
+    return Example(prompt + answer, at, [[(token, 1.0)] for token in answer], span)
+
+
+def verdict_example(
+    prompt: list[int], right: int, wrong: int, cosine: tuple[int, int], neutral: bool
+) -> Example:
+    """A question whose label is one token; `neutral` shares it between both candidates."""
+    shares = _NEUTRAL_SHARE if neutral else 1.0
+    targets = [(right, shares)] + ([(wrong, shares)] if neutral else [])
+    return Example(prompt, [len(prompt) - 1], [targets], cosine)
+
+
+def offset_span(offset: int, length: int) -> tuple[int, int]:
+    """[start, stop) of one token counted back from the end of a prompt."""
+    if not -length <= offset < 0:
+        raise ValueError(
+            f"position: got {offset}, expected a negative offset within the {length} prompt tokens."
+        )
+    return length + offset, length + offset + 1
+
+
+def best_share(answers: Sequence[Answer], keep: float) -> list[Answer]:
+    """The answers that fit their persona best, by the model's own odds; order is kept."""
+    ranked = sorted(answers, key=lambda a: -a.odds)[: max(round(keep * len(answers)), 1)]
+    chosen = {(a.item, a.sign) for a in ranked}
+    return [a for a in answers if (a.item, a.sign) in chosen]
+
+
+def fluent(answers: Sequence[Answer], limit: float) -> list[Answer]:
+    """The answers of whose 4-token runs at most `limit` repeat an earlier one.
+
+    Small models loop under strong steering, and a loop is learned as readily as a behavior.
+    """
+    return [a for a in answers if repeated_share(a.ids) <= limit]
+
+
+def repeated_share(ids: Sequence[int], n: int = 4) -> float:
+    """Share of the n-token runs that stand earlier in the same answer."""
+    runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def answer_row(answer: Answer) -> dict[str, Any]:
+    """For targets.jsonl."""
+    return answer._asdict()
