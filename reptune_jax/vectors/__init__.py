@@ -1,0 +1,1 @@
+"""Behavior vectors: capture, aggregate, keep in a self-describing file."""

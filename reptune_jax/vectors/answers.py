@@ -1,0 +1,90 @@
+"""Personas' own answers: the text that vectors are read from and models are tuned on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from reptune_jax.data.contrast import persona_pairs
+from reptune_jax.data.schema import Item
+from reptune_jax.data.tuning import Answer
+from reptune_jax.lm import Model, Steerable
+from reptune_jax.vectors.capture import Span
+
+SIGNS = (1, -1)
+
+
+def persona_prompts(
+    model: Model, items: Sequence[Item], prompts: Sequence[Item]
+) -> dict[int, list[list[int]]]:
+    """sign -> ids of every prompt under a persona of that sign; matched pairs take turns."""
+    pairs = persona_pairs(items, prompts, model.tokenizer)
+    return {
+        1: [model.encode_prompt(positive) for positive, _, _ in pairs],
+        -1: [model.encode_prompt(negative) for _, negative, _ in pairs],
+    }
+
+
+def write_answers(
+    model: Model,
+    items: Sequence[Item],
+    prompts: Sequence[Item],
+    sign: int,
+    max_new: int,
+    steer: Steerable | None = None,
+    batch_size: int = 32,
+    score: bool = True,
+) -> list[Answer]:
+    """Greedy answers of the persona of `sign`, optionally steered while they are written.
+
+    With `score`, each gets the unsteered model's own persona odds: how much likelier the answer is
+    under its persona than under the opposite one. No outside judge sees it.
+    """
+    of_sign = persona_prompts(model, items, prompts)
+    own, other = of_sign[sign], of_sign[-sign]
+    new = model.generate_each(own, max_new, steer=steer, batch_size=batch_size)
+    odds = np.full(len(new), np.nan)
+    if score:
+        odds = _logp(model, own, new, batch_size) - _logp(model, other, new, batch_size)
+    return [
+        Answer(
+            item=p.id,
+            split=p.split,
+            sign=sign,
+            prompt=p.messages[-1]["content"],
+            text=model.tokenizer.decode(ids, skip_special_tokens=True),
+            ids=ids,
+            odds=float(o) / max(len(ids), 1),
+        )
+        for p, ids, o in zip(prompts, new, odds, strict=True)
+    ]
+
+
+def answer_spans(
+    model: Model,
+    items: Sequence[Item],
+    prompts: Sequence[Item],
+    answers: Sequence[Answer],
+    position: str,
+) -> list[Span]:
+    """Persona, prompt and answer as ids, with the tokens whose residuals are read."""
+    spans = []
+    of_sign = persona_prompts(model, items, prompts)
+    for i, answer in enumerate(answers):
+        ids = of_sign[answer.sign][i]
+        P, end = len(ids), len(ids) + len(answer.ids)
+        where = {"response": (P, end), "last": (P - 1, P), "all": (0, end)}
+        if position not in where:
+            raise ValueError(
+                f"vector.position: got {position!r}, expected one of {', '.join(where)} for a "
+                "behavior with free answers."
+            )
+        spans.append(Span(ids + answer.ids, *where[position]))
+    return spans
+
+
+def _logp(
+    model: Model, prompts: list[list[int]], new: list[list[int]], batch_size: int
+) -> np.ndarray:
+    ids = [p + n for p, n in zip(prompts, new, strict=True)]
+    starts = [len(p) for p in prompts]
+    return np.array([logp for logp, _ in model.score_ids(ids, starts, batch_size=batch_size)])
