@@ -1,0 +1,317 @@
+"""Everything a run depends on, in one place: defaults, arms, checks, the file in the run folder.
+
+A config is a Python file with `get_config(arg="")` that starts from `default()` and changes what it
+needs. Programs take `--config=configs/x.py[:arg]` and `--config.key=value` overrides; an unknown
+key is an error that says which one was probably meant.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# What makes an arm, on top of the shared config. Steps, data and trained weights are the same.
+ARMS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "prompt": {},  # a persona as system turn
+    "steer": {},  # the vector added online
+    "bake": {},  # the same constant as a bias: exact, no training
+    "token": {"loss.cosine": 0.0},
+    "vector": {"loss.token": 0.0},
+    "dual": {},
+    "random": {"vector.random": True},
+    "out": {"loss.mode": "out", "loss.targets": "neutral"},
+}
+TUNED_ARMS = ("token", "vector", "dual", "random", "out")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "arm": tuple(ARMS),
+    "sign": (1, -1),
+    "dtype": ("", "float32", "bfloat16", "float16"),
+    "loss.mode": ("in", "out"),
+    "loss.targets": ("behavior", "neutral"),
+    "train.decay": ("linear", "cosine", "none"),
+    "train.remat": ("none", "dots", "full"),
+    "vector.norm": ("raw", "unit"),
+}
+_POSITIVE: tuple[str, ...] = (
+    "train.steps",
+    "train.batch",
+    "train.accumulate",
+    "train.retain_batch",
+    "train.lr",
+)
+_POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.keep")
+_POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
+_POSITIONS = ("response", "last", "before_answer", "all")
+
+
+def default() -> ConfigDict:
+    """The full schema; every key that exists is here."""
+    c = ConfigDict()
+    c.model = ""  # folder, hub id, or file.gguf
+    c.dtype = ""  # "" = float32 on CPU, bfloat16 on accelerators
+    c.behavior = "sentiment"  # a shipped behavior, or a path to a .jsonl
+    c.arm = "dual"  # one of ARMS
+    c.sign = 1  # +1 toward the behavior, -1 away from it
+    c.seed = 0
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # -1 = all remaining devices
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.vector = _vector()
+    c.targets = ConfigDict()  # what the token loss is trained on
+    c.targets.prompts = 0  # tuning prompts used, 0 = all
+    c.targets.dose = 0.0  # persona answers written under this dose of the vector too
+    c.targets.layers = (15,)  # … added at these layers
+    c.targets.max_repeat = 0.1  # answers that repeat more of their 4-token runs are dropped
+    c.targets.keep = 1.0  # the best share of the rest by the model's own persona odds
+    c.loss = _loss()
+    c.train = _train()
+    c.steer = _steer()
+    c.eval = _eval()
+    c.study = _study()
+    c.chat = _chat()
+    return c
+
+
+def _vector() -> ConfigDict:
+    """How the vector is read."""
+    c = ConfigDict()
+    c.method = "mean_diff"
+    c.position = "response"  # response | last | before_answer | all | offset from the end
+    c.norm = "raw"  # raw: dose 1 = class-mean difference; unit: dose 1 = residual norm
+    c.pairs = 96  # at most this many pairs
+    c.correct_only = False  # keep pairs whose greedy answers fit their persona
+    c.paired = True  # same statement on both sides
+    c.answer_tokens = 32  # length of generated persona answers
+    c.random = False  # the control: a random direction of the same length
+    return c
+
+
+def _loss() -> ConfigDict:
+    """The dual loss: what is weighed, and where it is taken."""
+    c = ConfigDict()
+    c.token = 1.0  # weight of the cross-entropy
+    c.cosine = 1.0  # weight of the cosine loss
+    c.retain = 0.0  # weight of KL(base || tuned) on neutral prose and unrelated chats
+    c.mode = "in"  # in: (1 - s cos)/2; out: |cos|
+    c.targets = "behavior"  # behavior: the sign's own; neutral: both signs, half each
+    c.layers = (10, 20)  # [first, stop) layers whose cosine counts
+    c.position = "response"  # tokens whose cosine counts
+    c.center = False  # cosine from the class mean instead of from zero
+    return c
+
+
+def _train() -> ConfigDict:
+    """What is trained, and how."""
+    c = ConfigDict()
+    c.layers = (10, 20)  # [first, stop) layers that are trained
+    c.templates = ("lettered",)  # how claims are asked in tuning
+    c.modules = ("attn/v", "attn/o")  # patterns of weights in them
+    c.steps = 40
+    c.batch = 8
+    c.accumulate = 1  # micro-batches per step
+    c.retain_batch = 4  # rows of retention text per step
+    c.retain_positions = 32  # tokens of each such row whose KL counts
+    c.lr = 3e-4
+    c.lr_by_path = ConfigDict()  # pattern -> learning rate, e.g. {"mlp": 1e-5}; longest wins
+    c.warmup = 5
+    c.decay = "linear"  # linear | cosine | none
+    c.clip = 1.0
+    c.b1 = 0.9
+    c.b2 = 0.999
+    c.eps = 1e-8
+    c.weight_decay = 0.0
+    c.remat = "none"  # none | dots | full
+    c.log_every = 5
+    c.eval_every = 10
+    c.patience = 3  # evaluations without improvement before stopping; 0 = never
+    c.keep = 1  # checkpoints kept besides the best
+    return c
+
+
+def _steer() -> ConfigDict:
+    """The sweep, scored on the validation split."""
+    c = ConfigDict()
+    c.layers = (10, 15, 20)
+    c.doses = (0.5, 1.0, 2.0)
+    c.documents = 8  # neutral documents on which the sweep's KL is measured
+    c.max_kl = 0.1  # nats/token on neutral prose that the free choice may cost
+    return c
+
+
+def _eval() -> ConfigDict:
+    """How much is measured, and how."""
+    c = ConfigDict()
+    c.prompts = 0  # test prompts, 0 = all
+    c.val_prompts = 0
+    c.ood_prompts = 0
+    c.claims = 0
+    c.templates = ("truefalse", "lettered")  # how claims are asked
+    c.documents = 0  # neutral documents, 0 = all
+    c.personas = 5  # system prompts tried on validation for the prompt arm
+    c.new_tokens = 32
+    c.batch = 32
+    return c
+
+
+def _study() -> ConfigDict:
+    """What `python -m reptune_jax.study` runs."""
+    c = ConfigDict()
+    c.arms = ("base", "prompt", "steer", "token", "dual", "random")
+    c.signs = (1, -1)
+    c.seeds = (0,)
+    c.primary = ""  # metric:format of the main comparison, e.g. "vader:free"; "" = by kind
+    c.export = "dual"  # the arm that becomes a Hugging Face folder
+    return c
+
+
+def _chat() -> ConfigDict:
+    """What `python -m reptune_jax.chat` shows beside the untuned model; no result depends on it."""
+    c = ConfigDict()
+    c.run = "dual+_s0"  # tuned run; its sign is the steered column's too
+    c.layer = 15  # where the steered column adds the vector
+    c.dose = 1.0  # how much of it
+    c.new_tokens = 64
+    return c
+
+
+def armed(config: ConfigDict) -> ConfigDict:
+    """The config with its arm's settings applied."""
+    out = config.copy_and_resolve_references()
+    for key, value in ARMS[config.arm].items():
+        out.update_from_flattened_dict({key: value})
+    return out
+
+
+def check(config: ConfigDict) -> ConfigDict:
+    """The config with references resolved and values checked.
+
+    Raises:
+      ValueError: a value outside its range, by name.
+    """
+    out = config.copy_and_resolve_references()
+    for key, known in _CHOICES.items():
+        _one_of(key, _get(out, key), known)
+    for key in _POSITIVE:
+        if not _get(out, key) > 0:
+            raise ValueError(f"{key}: got {_get(out, key)}, expected more than 0.")
+    for key in ("train.layers", "loss.layers"):
+        value = _get(out, key)
+        if len(value) != 2 or not 0 <= value[0] < value[1]:
+            raise ValueError(f"{key}: got {value}, expected first < stop. Example: (10, 20).")
+    for key in ("vector.position", "loss.position"):
+        _check_position(key, _get(out, key))
+    for arm in out.study.arms:
+        _one_of("study.arms", arm, ARMS)
+    if not out.model:
+        raise ValueError(
+            "model: got '', expected a folder, hub id or .gguf file. Set --config.model=…"
+        )
+    if out.train.batch % out.train.accumulate or out.train.retain_batch % out.train.accumulate:
+        raise ValueError(
+            f"train.accumulate: got {out.train.accumulate}, expected a divisor of train.batch="
+            f"{out.train.batch} and train.retain_batch={out.train.retain_batch}."
+        )
+    return out
+
+
+def digest(config: ConfigDict) -> str:
+    """Identifies the resolved values, whatever file they came from."""
+    text = json.dumps(_lasting(config), sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
+    """Makes the folder and writes config.json, or checks that the folder is this config's.
+
+    Raises:
+      ValueError: the folder belongs to another config; names every key that differs.
+    """
+    folder = Path(workdir)
+    path = folder / "config.json"
+    values = json.loads(json.dumps(_lasting(config)))
+    if path.exists():
+        stored = json.loads(path.read_text())
+        if "config" not in stored:
+            raise ValueError(
+                f"workdir {folder}: holds a config.json that is not a run's, expected a new folder "
+                "or a run's. Use another --workdir."
+            )
+        was = _flatten(stored["config"])
+        now = _flatten(values)
+        changed = [k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
+        if changed:
+            lines = "\n  ".join(f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in changed)
+            raise ValueError(
+                f"workdir {folder}: holds a run of another config:\n  {lines}\n"
+                "Use another --workdir, or the same config to resume."
+            )
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps({"config": values, **environment()}, indent=1) + "\n")
+    os.replace(scratch, path)
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and device, for the record."""
+    import jax
+
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    return {
+        "versions": {name: metadata.version(name) for name in packages},
+        "commit": _git_commit(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def _git_commit() -> str:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # installed from a wheel
+
+
+def _lasting(config: ConfigDict) -> dict[str, Any]:
+    """The values that a result may depend on: all but chat's."""
+    return {key: value for key, value in config.to_dict().items() if key != "chat"}
+
+
+def _one_of(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, known))}.")
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_position(key: str, value: str) -> None:
+    if value not in _POSITIONS and not (value.startswith("-") and value[1:].isdigit()):
+        raise ValueError(
+            f"{key}: got {value!r}, expected one of {', '.join(_POSITIONS)}, or a negative offset "
+            "from the end of the prompt."
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat

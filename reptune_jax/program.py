@@ -1,0 +1,121 @@
+"""What every program shares: flags, the work folder, loading the model, clear errors."""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from reptune_jax import config as configs
+from reptune_jax import lm, mesh
+from reptune_jax.lm import Model
+
+PER_RUN = ("arm", "sign", "seed", "study")  # may differ between the runs of one study
+
+
+def main(run: Callable[..., Any], doc: str | None) -> None:
+    """Parses `--config` and `--workdir`, then calls run(config, workdir).
+
+    A ValueError or a missing file ends the program with its message and exit code 1: those messages
+    are written for the user, a traceback would hide them.
+    """
+    flag = config_flags.DEFINE_config_file(
+        "config", None, "configs/x.py[:arg], then --config.key=value", lock_config=True
+    )
+    workdir = flags.DEFINE_string("workdir", None, "folder of the study; made if absent")
+    flags.mark_flags_as_required(["config", "workdir"])
+    for name in ("config", "workdir"):  # so that --help shows them
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    sys.modules["__main__"].__doc__ = doc
+
+    def entry(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(
+                f"unexpected argument {argv[1]!r}; flags are --config and --workdir."
+            )
+        start()
+        run(configs.check(flag.value), Path(str(workdir.value)))
+
+    call(lambda: app.run(entry))
+
+
+def call(entry: Callable[[], Any]) -> None:
+    """Runs a program; the user's mistakes are printed, not traced."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        entry()
+    except (ValueError, OSError, AttributeError, KeyError, TypeError) as e:
+        message = _for_user(e)
+        if os.environ.get("REPTUNE_TRACEBACK") or not message:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def start() -> None:
+    """Compiled programs are kept between runs, in the user's cache folder."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/reptune_jax/xla")
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def load_model(c: ConfigDict) -> Model:
+    """The config's model on the config's mesh."""
+    began = time.monotonic()
+    where = mesh.make_mesh(**c.mesh.to_dict())
+    model = lm.load(c.model, c.dtype or None, where if where.size > 1 else None)
+    if model.tokenizer is None:
+        raise ValueError(f"{c.model}: has no tokenizer, expected a chat model. Add its files.")
+    took = time.monotonic() - began
+    say(f"model: {c.model} ({model.arch.family}, {model.dtype}) in {took:.1f} s")
+    return model
+
+
+def claim_study(workdir: Path, c: ConfigDict) -> None:
+    """The study's own config.json: everything but which run this is."""
+    configs.claim_workdir(workdir, _without(c, PER_RUN))
+
+
+def claim_run(folder: Path, c: ConfigDict) -> None:
+    """A run's config.json: everything but which other runs the study has, which may grow."""
+    configs.claim_workdir(folder, _without(c, ("study",)))
+
+
+def run_name(c: ConfigDict) -> str:
+    """Folder of one tuned run: dual+_s0."""
+    return f"{c.arm}{'+' if c.sign > 0 else '-'}_s{c.seed}"
+
+
+def template_sha(model: Model) -> str:
+    """Identifies the chat template a vector was read under."""
+    template = model.tokenizer.chat_template or ""
+    return hashlib.sha256(str(template).encode()).hexdigest()[:12]
+
+
+def say(message: str) -> None:
+    """For the person at the terminal; libraries' own chatter stays in the log."""
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
+
+
+def _without(c: ConfigDict, keys: tuple[str, ...]) -> ConfigDict:
+    return ConfigDict({k: v for k, v in c.to_dict().items() if k not in keys})
+
+
+def _for_user(e: BaseException) -> str:
+    """The message of an error that was raised for the user: by this package, or by the config."""
+    trace, last = e.__traceback__, ""
+    while trace is not None:
+        last, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
+    if Path(last).is_relative_to(Path(__file__).parent):
+        # Other kinds of error within this package are its own faults and keep their traceback.
+        return str(e) if isinstance(e, ValueError | OSError) else ""
+    if "ml_collections" in Path(last).parts:
+        what = "" if isinstance(e, OSError) else "config: unknown key or wrong type: "
+        return what + str(e.args[0] if e.args else e)
+    return ""

@@ -1,0 +1,54 @@
+"""Program: one tuning run, the main job.
+
+    python -m reptune_jax.train --config=configs/sentiment.py --workdir=runs/sentiment \\
+        --config.arm=dual --config.sign=-1 --config.seed=0
+
+Trains into `<workdir>/<arm><sign>_s<seed>/`, making the vector and the targets first where they are
+missing. The same command resumes a run that was stopped.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from reptune_jax import program
+from reptune_jax.config import TUNED_ARMS, armed
+from reptune_jax.lm import Model
+from reptune_jax.tuning import checkpoint, loop
+from reptune_jax.tuning.corpus import make_corpus
+from reptune_jax.vectors import extraction
+
+
+def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
+    """Tunes `c.arm`; returns its folder. Skips what is finished."""
+    if c.arm not in TUNED_ARMS:
+        raise ValueError(
+            f"arm: got {c.arm!r}, expected one of {', '.join(TUNED_ARMS)}. "
+            "The others train nothing: see evals.baseline and evals.steering."
+        )
+    folder = workdir / program.run_name(c)
+    program.claim_study(workdir, c)
+    program.claim_run(folder, c)
+    if checkpoint.finished(folder):
+        program.say(f"{folder.name}: already trained")
+        return folder
+    model = model or program.load_model(c)
+    vector = extraction.run(c, workdir, model)
+    vector.check_model(model.sha, model.name)
+    settings = armed(c)
+    if settings.vector.random:
+        vector = vector.random_like(c.seed)
+    vector.save(folder / "vector.safetensors")
+    meta = {
+        "config": c.to_dict(),
+        "model": model.name,
+        "model_sha": model.sha,
+        "vector": vector.digest,
+        "layers": list(c.train.layers),
+    }
+    loop.tune(settings, folder, model, vector, make_corpus(settings, workdir, model), meta)
+    return folder
+
+
+if __name__ == "__main__":
+    program.main(run, __doc__)

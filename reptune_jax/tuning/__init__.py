@@ -1,0 +1,1 @@
+"""Representation tuning: the dual loss, the step, the loop, the checkpoints."""

@@ -1,0 +1,70 @@
+"""What a step costs: memory from the compiler, FLOPs by formula.
+
+XLA's own count is not used because it counts the body of a layer scan once, not once a layer.
+"""
+
+from typing import Any
+
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from reptune_jax.data.batches import Batch
+from reptune_jax.model.arch import Arch
+from reptune_jax.tuning.partition import Flat
+
+
+def layer_flops(arch: Arch, tokens: int, T: int) -> float:
+    """Forward FLOPs of one layer: matrix products, and full (not causal-halved) attention."""
+    a = arch
+    weights = a.D * a.Dh * (2 * a.H + 2 * a.K) + 3 * a.D * a.F
+    return 2.0 * tokens * (weights + 2 * T * a.H * a.Dh)
+
+
+def step_flops(
+    arch: Arch, layers: tuple[int, int], trained: int, tokens: int, T: int, heads: int
+) -> dict[str, float]:
+    """FLOPs of one training step over `tokens` tokens in rows of T.
+
+    forward: every layer, and the head at `heads` positions. activations: the gradient with respect
+    to them, in and above the tuned layers, and through the head. weights: `trained` weights only.
+    """
+    first, _ = layers
+    head = 2.0 * heads * arch.D * arch.V
+    layer = layer_flops(arch, tokens, T)
+    # Attention's backward has two products for each forward one.
+    attention = 2.0 * tokens * 2 * T * arch.H * arch.Dh
+    parts = {
+        "forward": arch.N * layer + head,
+        "activations": (arch.N - first) * (layer + attention) + head,
+        "weights": 2.0 * tokens * trained,
+    }
+    return {**parts, "total": float(np.sum(list(parts.values())))}
+
+
+def describe(arch: Arch, train: FrozenConfigDict, trained: Flat, batch: Batch) -> str:
+    """One line: what is trained, and the FLOPs of a step."""
+    (B, T), L = batch.behavior.tokens_BxT.shape, batch.behavior.at_BxL.shape[1]
+    rows, heads = B, B * L
+    if batch.keep is not None:
+        rows += batch.keep.tokens_BxT.shape[0]
+        heads += 2 * batch.keep.at_BxL.size  # the base's logits and the model's
+    size = sum(leaf.size for leaf in trained.values())
+    flops = step_flops(arch, train.layers, size, rows * T, T, heads)
+    first, stop = train.layers
+    return (
+        f"training {size:,} weights ({', '.join(train.modules)} of layers {first} to {stop - 1}), "
+        f"{rows} rows of {T} tokens, {flops['total'] / 1e12:.2f} TFLOP a step"
+    )
+
+
+def memory(compiled: Any) -> str:
+    """What the compiled step needs on each device, by kind."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return "memory: this backend does not say"
+    kinds = (
+        ("arguments", m.argument_size_in_bytes),
+        ("temporaries", m.temp_size_in_bytes),
+        ("outputs", m.output_size_in_bytes - m.alias_size_in_bytes),
+    )
+    return "memory per device: " + ", ".join(f"{kind} {n / 2**20:.0f} MiB" for kind, n in kinds)

@@ -1,0 +1,96 @@
+"""Metrics out: metrics.jsonl, TensorBoard events with the same numbers, one progress line."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from reptune_jax import program
+
+_SHOWN = ("loss", "token_loss", "cosine_loss", "retain_loss", "cosine/mean", "examples_per_s")
+
+
+class Log:
+    """Writes on process 0 only. Use as a context manager.
+
+    A run that resumes from step `since` loses what was logged after it, since it logs that again.
+    """
+
+    def __init__(self, workdir: Path, steps: int, since: int | None = None, writes: bool = True):
+        self._steps, self._writes = steps, writes
+        self._last: tuple[int, float] | None = None
+        self._pace = 0.0  # seconds per step
+        if writes:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _drop_after(workdir / "metrics.jsonl", -1 if since is None else since)
+            self._jsonl = (workdir / "metrics.jsonl").open("a")
+            self._events = EventFileWriter(str(workdir))
+            # TensorBoard drops older events from this step on.
+            start = SessionLog(status=SessionLog.START)
+            self._events.add_event(
+                Event(step=(since or 0) + 1, wall_time=time.time(), session_log=start)
+            )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._writes:
+            self._jsonl.close()
+            self._events.close()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line and one event of plain numbers. A jsonl has no NaN, so those become null."""
+        if not self._writes:
+            return
+        row = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
+        self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
+        self._jsonl.flush()
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
+        self._events.add_event(
+            Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+        )
+
+    def rates(self, step: int, examples: int, tokens: int) -> dict[str, float]:
+        """Examples and tokens (padding included) per second since the last call; none at first."""
+        now, last = time.monotonic(), self._last
+        self._last = (step, now)
+        if last is None or step == last[0]:
+            return {}
+        self._pace = (now - last[1]) / (step - last[0])
+        per_second = 1 / self._pace
+        return {"examples_per_s": examples * per_second, "tokens_per_s": tokens * per_second}
+
+    def progress(self, step: int, metrics: dict[str, float]) -> None:
+        """step 20/40 loss 1.234 … examples_per_s 6.1, 12 s left."""
+        shown = " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in _SHOWN)
+        if self._pace and step < self._steps:
+            shown += f", {(self._steps - step) * self._pace:.0f} s left"
+        program.say(f"step {step}/{self._steps} {shown}")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrites a metrics file without later steps, and without a line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(True) if _is_until(line, step)]
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(kept))
+    scratch.replace(path)
+
+
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except json.JSONDecodeError:
+        return False

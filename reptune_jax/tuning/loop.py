@@ -1,0 +1,183 @@
+"""The training loop: one arm, one sign, one seed, from step 0 or from where it stopped."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from reptune_jax import mesh as meshes
+from reptune_jax import program
+from reptune_jax.data.batches import Batch, Keep, Rows, choose_rows
+from reptune_jax.lm import Model
+from reptune_jax.model.transformer import Decoder
+from reptune_jax.tuning import checkpoint, cost, partition
+from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.log import Log
+from reptune_jax.tuning.losses import CosineLoss
+from reptune_jax.vectors.steering_vector import SteeringVector
+
+
+class Corpus(NamedTuple):
+    """All rows of a run: training, validation, retention for each."""
+
+    train: Rows
+    val: Rows
+    keep: Keep | None
+    keep_val: Keep | None
+
+
+def make_task(c: ConfigDict, vector: SteeringVector, frozen: dict[str, Any]) -> steps.Task:
+    """The armed config as data: directions, cosine loss, weights."""
+    first, stop = c.loss.layers
+    N = len(vector.directions_NxD)
+    if not 0 <= first < stop <= N:
+        raise ValueError(f"loss.layers: got ({first}, {stop}), expected 0 <= first < stop <= {N}.")
+    layer_N = np.zeros(N, np.float32)
+    layer_N[first:stop] = 1
+    into = float(c.loss.mode == "in")
+    cosine = CosineLoss(
+        jnp.float32(c.sign), jnp.float32(into), jnp.float32(1 - into), jnp.asarray(layer_N)
+    )
+    weight_3 = jnp.array([c.loss.token, c.loss.cosine, c.loss.retain], jnp.float32)
+    return steps.Task(frozen, vector.probe(c.loss.center), cosine, weight_3)
+
+
+def tune(
+    c: ConfigDict, folder: Path, model: Model, vector: SteeringVector, corpus: Corpus, meta: dict
+) -> None:
+    """Trains into `folder`; resumes from its newest checkpoint; returns at once when it is done."""
+    train = FrozenConfigDict(c.train)
+    decoder = Decoder(
+        model.arch, partition.segments(model.arch.N, train.layers), model.dtype, train.remat
+    )
+    trained, frozen = partition.split(model.params, train.layers, train.modules)
+    task = make_task(c, vector, frozen)
+    mesh = _mesh_of(model)
+    state = steps.init_state(trained, train, mesh)
+    with contextlib.closing(checkpoint.Checkpoints(folder, train.keep)) as saved:
+        state = saved.restore(state) or state
+        with Log(folder, train.steps, saved.latest(), writes=jax.process_index() == 0) as log:
+            loop = _Loop(c, train, decoder, task, corpus, mesh, log, saved, meta)
+            loop.run(state)
+
+
+class _Loop:
+    """The pieces of a run, so that the loop below reads as one screen."""
+
+    def __init__(self, c, train, decoder, task, corpus, mesh, log, saved, meta):
+        self.c, self.train, self.decoder, self.task = c, train, decoder, task
+        self.corpus, self.mesh, self.log, self.saved, self.meta = corpus, mesh, log, saved, meta
+        self.step = steps.make_step(decoder, train, mesh)
+        self.evaluate = steps.make_evaluate(decoder)
+        self.best, self.waited = saved.progress()
+
+    def run(self, state: steps.State) -> None:
+        first, pending = int(state.step), None
+        if self.saved.latest() is None:
+            self._validate(state)  # the untuned model: what every later step must beat
+        step = self._compile(state, self._batch(first))
+        for i in range(first, self.train.steps):
+            if self.train.patience and self.waited >= self.train.patience:
+                break
+            measure = i % self.train.log_every == 0 or i + 1 == self.train.steps
+            state, metrics = step(state, self.task, self._batch(i), jnp.asarray(measure))
+            if pending:  # one step late: the device is already busy with the next one
+                self._write(*pending)
+            pending = (i + 1, metrics) if measure else None
+            if (i + 1) % self.train.eval_every == 0 or i + 1 == self.train.steps:
+                if pending:  # what a checkpoint follows is in the log before it
+                    self._write(*pending)
+                pending = None
+                self._validate(state)
+        self.saved.wait()  # a run is finished when its last checkpoint is on disk
+        about = {"steps": int(state.step), "best": self.best}
+        checkpoint.mark_finished(self.saved.folder, about)
+
+    def _compile(self, state: steps.State, batch: Batch) -> Callable[..., Any]:
+        """Before step 0, so that a step that does not fit is known in the first minute."""
+        began = time.monotonic()
+        compiled = self.step.lower(state, self.task, batch, jnp.asarray(True)).compile()
+        seconds = time.monotonic() - began
+        program.say(f"{cost.describe(self.decoder.arch, self.train, state.trained, batch)}")
+        program.say(f"compiled in {seconds:.1f} s; {cost.memory(compiled)}")
+        return compiled
+
+    def _batch(self, step: int) -> Batch:
+        rows = choose_rows(len(self.corpus.train.tokens_BxT), self.train.batch, self.c.seed, step)
+        behavior = jax.tree.map(lambda a: a[rows], self.corpus.train)
+        keep = None
+        if self.corpus.keep is not None:
+            kept = choose_rows(
+                len(self.corpus.keep.tokens_BxT), self.train.retain_batch, self.c.seed, step
+            )
+            keep = jax.tree.map(lambda a: a[kept], self.corpus.keep)
+        return meshes.put_batch(Batch(behavior, keep), self.mesh)
+
+    def _validate(self, state: steps.State) -> None:
+        """Validation losses over all rows; saves a checkpoint under their weighted sum."""
+        total_3, count_3, cosine_N = np.zeros(3), np.zeros(3), np.zeros(self.decoder.arch.N)
+        for batch in self._val_batches():
+            part = self.evaluate(state.trained, self.task, batch)
+            for whole, piece in zip((total_3, count_3, cosine_N), part, strict=True):
+                whole += np.asarray(piece)
+        mean_3 = total_3 / np.maximum(count_3, 1e-6)
+        loss = float(np.sum(np.asarray(self.task.weight_3) * mean_3))
+        values = {f"val/{k}_loss": float(v) for k, v in zip(steps.LOSSES, mean_3, strict=True)}
+        cosine = cosine_N[slice(*self.c.loss.layers)].mean() / max(count_3[1], 1)
+        values |= {"val/loss": loss, "val/cosine": float(cosine)}
+        self.log.write(int(state.step), values)
+        improved = self.best is None or loss < self.best
+        self.waited = 0 if improved else self.waited + 1
+        self.best = loss if improved else self.best
+        self.saved.save(state, self.meta, loss, self.waited)
+
+    def _val_batches(self):
+        """Whole batches; rows beyond the last whole one are padded with weightless copies."""
+        val, B, R = self.corpus.val, self.train.batch, self.train.retain_batch
+        n, keep = len(val.tokens_BxT), self.corpus.keep_val
+        for start in range(0, n, B):
+            rows = np.arange(start, start + B)
+            behavior = jax.tree.map(lambda a, r=rows: a[r % n], val)
+            real_B = rows < n
+            behavior = behavior.replace(
+                weight_BxLxC=behavior.weight_BxLxC * real_B[:, None, None],
+                cosine_BxT=behavior.cosine_BxT * real_B[:, None],
+            )
+            kept = None
+            if keep is not None:
+                at = np.arange(start // B * R, start // B * R + R)
+                kept = jax.tree.map(lambda a, r=at: a[r % len(keep.tokens_BxT)], keep)
+            yield meshes.put_batch(Batch(behavior, kept), self.mesh)
+
+    def _write(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        values = _flatten(jax.device_get(metrics), self.c.loss.layers)
+        keep, T = self.corpus.keep, self.corpus.train.tokens_BxT.shape[1]
+        rows = self.train.batch + (self.train.retain_batch if keep is not None else 0)
+        values |= self.log.rates(step, examples=self.train.batch, tokens=rows * T)
+        self.log.write(step, values)
+        self.log.progress(step, values)
+
+
+def _flatten(metrics: dict[str, np.ndarray], layers: tuple[int, int]) -> dict[str, float]:
+    """Scalars under the names that TensorBoard and metrics.jsonl share."""
+    cosine_N = metrics["cosine_N"]
+    out = {k: float(metrics[k]) for k in ("loss", "grad_norm", "lr")}
+    out |= {f"{k}_loss": float(v) for k, v in zip(steps.LOSSES, metrics["mean_3"], strict=True)}
+    out["cosine/mean"] = float(cosine_N[slice(*layers)].mean())
+    out |= {f"cosine/layer_{n:02d}": float(v) for n, v in enumerate(cosine_N)}
+    norms = zip(steps.LOSSES, metrics["norm_3"], strict=True)
+    out |= {f"grad_norm/{k}": float(v) for k, v in norms}
+    out["grad_norm/conflict"] = float(metrics["conflict"])
+    return out
+
+
+def _mesh_of(model: Model) -> jax.sharding.Mesh | None:
+    sharding = jax.tree.leaves(model.params)[0].sharding
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else None

@@ -1,0 +1,224 @@
+"""The config and the command line: every mistake is answered by name, without a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reptune_jax import config, program, train
+from tests import tiny, tiny_behavior
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(module, *args):
+    return subprocess.run(
+        [sys.executable, "-m", f"reptune_jax.{module}", *map(str, args)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def settings(**changes):
+    c = config.default()
+    c.model = "model"
+    for key, value in changes.items():
+        c.update_from_flattened_dict({key.replace("__", "."): value})
+    return c
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "mine.py"
+    path.write_text(
+        "from reptune_jax.config import default\n\n\n"
+        'def get_config(arg="nowhere"):\n'
+        "    c = default()\n    c.model = arg\n    return c\n"
+    )
+    return path
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("--config.trian.lr=1", 'Did you mean "train" instead of "trian"'),
+        ("--config.train.lr=high", "train.lr=high"),
+        ("--config.arm=duel", "error: arm: got 'duel', expected one of base, prompt, steer"),
+        ("--config.model=/no/such/folder", "/no/such/folder"),
+    ],
+)
+def test_a_mistake_ends_the_program_with_a_message(override, message, config_file, tmp_path):
+    found = run("train", f"--config={config_file}", override, f"--workdir={tmp_path / 'w'}")
+    assert found.returncode == 1
+    assert message in found.stderr and "Traceback" not in found.stderr
+    made = [p.name for p in tmp_path.rglob("*") if p.is_file()]
+    assert set(made) <= {"config.json"}
+
+
+@pytest.mark.parametrize("module", ["train", "extract", "study", "evals.steering"])
+def test_help_shows_the_docstring_and_the_flags(module):
+    found = run(module, "--help")
+    first = __import__(f"reptune_jax.{module}", fromlist=["_"]).__doc__.splitlines()[0]
+    assert first.startswith("Program: ") and first in found.stdout
+    assert "--config" in found.stdout and "--workdir" in found.stdout
+    assert "Traceback" not in found.stderr
+
+
+def test_only_messages_meant_for_the_user_replace_a_traceback(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        program.call(lambda: config.check(config.default()))
+    assert capsys.readouterr().err.startswith("error: model: got ''")
+    with pytest.raises(SystemExit):
+        program.call(lambda: config.default().lock().train.__setattr__("rl", 1))
+    assert "unknown key or wrong type" in capsys.readouterr().err
+    with pytest.raises(AttributeError):  # our own fault, or another library's: all of it is shown
+        program.call(lambda: program.run_name(None))
+    with pytest.raises(ValueError):
+        program.call(lambda: json.loads("{"))
+    monkeypatch.setenv("REPTUNE_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        program.call(lambda: config.check(config.default()))
+
+
+def test_a_config_that_is_not_there(capsys):
+    found = run("train", "--config=no/such.py", "--workdir=w")
+    assert found.returncode == 1 and "no/such.py" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"loss__mode": "into"}, "loss.mode: got 'into', expected one of in, out"),
+        ({"loss__targets": "x"}, "loss.targets: got 'x'"),
+        ({"train__decay": "exp"}, "train.decay: got 'exp'"),
+        ({"train__remat": "all"}, "train.remat: got 'all'"),
+        ({"vector__norm": "l2"}, "vector.norm: got 'l2'"),
+        ({"dtype": "float23"}, "dtype: got 'float23'"),
+        ({"sign": 0}, "sign: got 0, expected one of 1, -1"),
+        ({"train__layers": (5, 5)}, r"train.layers: got \(5, 5\), expected first < stop"),
+        ({"train__layers": (5,)}, r"train.layers: got \(5,\)"),
+        ({"loss__layers": (-1, 5)}, r"loss.layers: got \(-1, 5\)"),
+        ({"train__steps": 0}, "train.steps: got 0, expected more than 0"),
+        ({"train__log_every": 0}, "train.log_every: got 0"),
+        ({"train__eval_every": -1}, "train.eval_every: got -1"),
+        ({"train__lr": 0.0}, "train.lr: got 0.0"),
+        ({"train__accumulate": 3}, "train.accumulate: got 3, expected a divisor of train.batch=8"),
+        ({"loss__position": "reponse"}, "loss.position: got 'reponse', expected one of response"),
+        ({"vector__position": "7"}, "vector.position: got '7'"),
+        ({"study__arms": ("base", "duel")}, "study.arms: got 'duel'"),
+        ({"model": ""}, "model: got ''"),
+    ],
+)
+def test_values_are_checked_by_name(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config.check(settings(**changes))
+
+
+def test_a_config_that_is_right_passes_and_is_not_changed():
+    c = settings(loss__position="-7")
+    assert config.check(c) == c and config.check(c) is not c
+
+
+def test_arms_differ_by_their_settings_only():
+    for arm, changes in config.ARMS.items():
+        c = settings(arm=arm)
+        armed = config._flatten(config.armed(c).to_dict())
+        plain = config._flatten(c.to_dict())
+        assert {k: v for k, v in armed.items() if plain[k] != v} == changes
+        assert c == settings(arm=arm)
+    assert set(config.TUNED_ARMS) < set(config.ARMS)
+
+
+def test_the_digest_identifies_values():
+    assert config.digest(settings()) == config.digest(settings())
+    assert config.digest(settings()) != config.digest(settings(train__lr=1e-3))
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+    folder = config.claim_workdir(tmp_path / "a" / "b", settings())
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["config"]["train"]["layers"] == [10, 20]
+    assert {"jax", "orbax-checkpoint"} <= stored["versions"].keys() and stored["device"]
+    before = (folder / "config.json").read_bytes()
+    config.claim_workdir(folder, settings())
+    other = settings(train__lr=0.5, model="other")
+    with pytest.raises(ValueError) as e:
+        config.claim_workdir(folder, other)
+    assert "model: 'model' there, 'other' now" in str(e.value)
+    assert "train.lr: 0.0003 there, 0.5 now" in str(e.value) and "seed" not in str(e.value)
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_models_folder_is_no_workdir(tmp_path):
+    tiny.make_llama(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a config.json that is not a run's"):
+        config.claim_workdir(tmp_path, settings())
+
+
+def test_a_study_is_shared_by_its_runs_and_may_grow(tmp_path):
+    program.claim_study(tmp_path, settings())
+    program.claim_study(tmp_path, settings(arm="token", sign=-1, seed=3, study__seeds=(1,)))
+    with pytest.raises(ValueError, match=r"train.steps: 40 there, 80 now"):
+        program.claim_study(tmp_path, settings(train__steps=80))
+    names = [program.run_name(settings(arm=a, sign=s)) for a in ("dual", "out") for s in (1, -1)]
+    assert names == ["dual+_s0", "dual-_s0", "out+_s0", "out-_s0"]
+
+
+# ---------------------------------------------------------------- inputs that are wrong
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ('{"id": "a"\n', r"line 1: malformed JSON"),
+        ("\n\n[1]\n", r"line 3: got list, expected a JSON object"),
+        ('{"id": "a"}\n', r"line 1: missing behavior"),
+    ],
+)
+def test_a_malformed_behavior_is_named_by_line(text, message, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    c = tiny_behavior.settings(tiny.make_llama(tmp_path / "m"), path)
+    with pytest.raises(ValueError, match=f"mine.jsonl, {message}"):
+        train.run(c, tmp_path / "w")
+
+
+def test_an_empty_behavior_is_an_error(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("")
+    c = tiny_behavior.settings(tiny.make_llama(tmp_path / "m"), path)
+    with pytest.raises(ValueError, match=r"mine|persona|claim"):
+        train.run(c, tmp_path / "w")
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_folder_that_lacks_a_file(gone, tmp_path):
+    model = tiny.make_llama(tmp_path / "m")
+    (model / gone).unlink()
+    if gone == "tokenizer.json":
+        (model / "tokenizer_config.json").unlink()
+    c = tiny_behavior.settings(model, "sentiment")
+    with pytest.raises((ValueError, FileNotFoundError)) as e:
+        program.load_model(c)
+    assert str(model) in str(e.value)
+
+
+def test_a_mesh_for_more_devices_than_there_are(tmp_path):
+    c = tiny_behavior.settings(tiny.make_llama(tmp_path), "sentiment", mesh__tensor=4)
+    with pytest.raises(ValueError, match=r"mesh: got .*'tensor': 4"):
+        program.load_model(c)

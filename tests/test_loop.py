@@ -1,0 +1,223 @@
+"""A training run end to end on a tiny model: its log, its checkpoints, stopping and resuming."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from reptune_jax import lm, train
+from reptune_jax.evals import arms
+from reptune_jax.tuning import checkpoint, loop
+from reptune_jax.vectors.steering_vector import SteeringVector
+from tests import tiny, tiny_behavior
+
+TIMES = ("seconds", "examples_per_s", "tokens_per_s")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    tiny_behavior.keep_programs(tmp_path_factory.mktemp("programs"))
+    return lm.load(str(tiny.make_llama(tmp_path_factory.mktemp("llama"))), "float32")
+
+
+@pytest.fixture(scope="module")
+def behavior(tmp_path_factory):
+    return tiny_behavior.write(tmp_path_factory.mktemp("behavior"))
+
+
+@pytest.fixture(autouse=True)
+def neutral(monkeypatch):
+    tiny_behavior.patch_neutral(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(model, behavior, tmp_path_factory):
+    """A run that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_behavior.patch_neutral(patch)
+        c = tiny_behavior.settings(model.name, behavior, loss__retain=0.5)
+        return c, train.run(c, tmp_path_factory.mktemp("study"), model)
+
+
+def read_log(folder):
+    """Rows without the columns that time a machine."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+class Stop(BaseException):
+    """Not an Exception, as a kill is none."""
+
+
+def stop_at(monkeypatch, step):
+    """Makes the loop die when it asks for that step's batch."""
+    whole = loop._Loop._batch
+
+    def batch(self, i):
+        if i == step:
+            raise Stop
+        return whole(self, i)
+
+    monkeypatch.setattr(loop._Loop, "_batch", batch)
+
+
+def test_the_log_holds_what_a_run_promises(finished):
+    c, folder = finished
+    rows = read_log(folder)
+    trained = [r for r in rows if "loss" in r]
+    validated = [r for r in rows if "val/loss" in r]
+    assert [r["step"] for r in trained] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in validated] == [0, 2, 4, 6]
+    names = [
+        "token_loss",
+        "cosine_loss",
+        "retain_loss",
+        "cosine/mean",
+        "grad_norm",
+        "grad_norm/token",
+        "lr",
+    ]
+    names += ["grad_norm/token", "grad_norm/cosine", "grad_norm/retain", "grad_norm/conflict"]
+    names += [f"cosine/layer_{n:02d}" for n in range(4)]
+    for row in trained:
+        assert set(names) <= row.keys() and all(math.isfinite(row[k]) for k in names)
+        expected = row["token_loss"] + row["cosine_loss"] + 0.5 * row["retain_loss"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+        mean = (row["cosine/layer_01"] + row["cosine/layer_02"]) / 2
+        assert row["cosine/mean"] == pytest.approx(mean, abs=1e-6)
+    assert trained[0]["retain_loss"] == pytest.approx(0, abs=1e-5)  # the base itself
+    assert trained[-1]["retain_loss"] > 1e-4
+    assert validated[-1]["val/loss"] < validated[0]["val/loss"]
+    assert trained[0]["lr"] == pytest.approx(c.train.lr)
+
+
+def test_tensorboard_has_the_same_numbers(finished):
+    _, folder = finished
+    (events,) = folder.glob("events.*")
+    found = {}
+    for event in EventFileLoader(str(events)).Load():
+        for value in event.summary.value:
+            number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
+            found[event.step, value.tag] = number
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = {(r["step"], k): v for r in rows for k, v in r.items() if k != "step"}
+    assert found.keys() == logged.keys()
+    for key, value in logged.items():
+        assert found[key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_the_checkpoint_is_the_best_one_and_says_where_it_comes_from(finished, model):
+    c, folder = finished
+    _, meta, step = checkpoint.load_best(folder)
+    validated = {r["step"]: r["val/loss"] for r in read_log(folder) if "val/loss" in r}
+    assert step == min(validated, key=validated.get)
+    assert meta["model_sha"] == model.sha and meta["config"]["train"]["lr"] == c.train.lr
+    done = json.loads((folder / "done.json").read_text())
+    assert done == {"steps": 6, "best": min(validated.values())}
+
+
+def test_a_finished_run_is_left_alone(finished, model):
+    c, folder = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert train.run(c, folder.parent, model) == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_stopped_run_resumes_to_the_same_bits(step, finished, model, monkeypatch, tmp_path):
+    c, folder = finished
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Stop):
+            train.run(c, tmp_path, model)
+    assert not (tmp_path / folder.name / "done.json").exists()
+    resumed = train.run(c, tmp_path, model)
+    assert read_log(resumed) == read_log(folder)
+    ours, theirs = checkpoint.load_best(resumed), checkpoint.load_best(folder)
+    assert ours[2] == theirs[2]
+    for path, leaf in theirs[0].items():
+        assert leaf.tobytes() == ours[0][path].tobytes()
+
+
+def test_the_best_step_is_kept_when_later_ones_are_worse(model, behavior, tmp_path):
+    c = tiny_behavior.settings(model.name, behavior, loss__retain=0.5, train__lr=1.0)
+    folder = train.run(c, tmp_path, model)
+    validated = {r["step"]: r["val/loss"] for r in read_log(folder) if "val/loss" in r}
+    best = min(validated, key=validated.get)
+    assert best < 6  # a rate of 1 destroys the model
+    trained, _, step = checkpoint.load_best(folder)
+    assert step == best
+    kept = {int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {best, 6}
+    if best == 0:
+        v = np.asarray(model.params["blocks"]["attn"]["v"]["kernel"])[1:3]
+        assert (trained["attn/v/kernel"] == v).all()
+
+
+def test_patience_stops_a_run_also_after_a_restart(model, behavior, monkeypatch, tmp_path):
+    c = tiny_behavior.settings(
+        model.name, behavior, loss__retain=0.5, train__lr=1.0, train__steps=20, train__patience=2
+    )
+    whole = train.run(c, tmp_path / "whole", model)
+    stopped = json.loads((whole / "done.json").read_text())["steps"]
+    assert stopped < 20
+    with monkeypatch.context() as patch:
+        stop_at(patch, stopped - 1)
+        with pytest.raises(Stop):
+            train.run(c, tmp_path / "cut", model)
+    cut = train.run(c, tmp_path / "cut", model)
+    assert (cut / "done.json").read_text() == (whole / "done.json").read_text()
+
+
+def test_a_folder_of_another_config_is_refused_by_key(finished, model):
+    c, folder = finished
+    other = c.copy_and_resolve_references()
+    other.train.lr, other.loss.mode = 0.5, "out"
+    with pytest.raises(ValueError, match=r"loss.mode: 'in' there, 'out' now\n  train.lr: 0.003"):
+        train.run(other, folder.parent, model)
+
+
+def test_a_study_may_grow(finished, model):
+    c, folder = finished
+    more = c.copy_and_resolve_references()
+    more.study.seeds = (0, 1, 2)
+    assert train.run(more, folder.parent, model) == folder
+
+
+def test_arms_that_train_nothing_are_refused(finished, model, tmp_path):
+    c, _ = finished
+    other = c.copy_and_resolve_references()
+    other.arm = "steer"
+    with pytest.raises(ValueError, match="arm: got 'steer', expected one of token, vector"):
+        train.run(other, tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_random_arm_keeps_the_vector_it_used(finished, model, behavior, tmp_path):
+    c = tiny_behavior.settings(model.name, behavior, arm="random", loss__retain=0.5, train__steps=1)
+    folder = train.run(c, tmp_path, model)
+    used = SteeringVector.load(folder / "vector.safetensors")
+    vector = SteeringVector.load(tmp_path / "vector.safetensors")
+    assert used.meta["method"] == "random:0" and used.digest != vector.digest
+    assert checkpoint.load_best(folder)[1]["vector"] == used.digest
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(finished, model, tmp_path):
+    _, folder = finished
+    other = lm.load(str(tiny.make_llama(tmp_path, seed=1)), "float32")
+    assert arms.tuned(model, folder).arm == "dual"
+    with pytest.raises(ValueError, match=r"tuned from .*expected the same"):
+        arms.tuned(other, folder)
+    with pytest.raises(FileNotFoundError, match="no checkpoints there"):
+        arms.tuned(model, tmp_path)
+
+
+def test_a_split_without_examples_is_an_error(model, behavior, tmp_path):
+    rows = [json.loads(line) for line in behavior.read_text().splitlines()]
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows if r["split"] != "val"))
+    c = tiny_behavior.settings(model.name, path)
+    with pytest.raises(ValueError, match=r"got no example of split 'val'"):
+        train.run(c, tmp_path / "study", model)

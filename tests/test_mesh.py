@@ -1,0 +1,95 @@
+"""Sharded runs equal one device. A subprocess forces 8 devices on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from reptune_jax import lm, mesh
+from reptune_jax.tuning import checkpoint
+from tests import tiny, tuning_mesh
+
+MESHES = ("8x1x1", "2x4x1", "2x2x2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def sharded(folder, tmp_path_factory):
+    """What `tuning_mesh` found on 8 devices."""
+    out = tmp_path_factory.mktemp("out")
+    flags = "--xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.tuning_mesh", str(folder), str(out), *MESHES],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    assert jax.device_count() == 1
+    losses, state, _ = tuning_mesh.five_steps(lm.load(str(folder), "float32"))
+    return losses, state
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_losses_and_weights_after_five_steps_are_those_of_one_device(shape, sharded, alone):
+    losses, state = alone
+    found = json.loads((sharded / f"{shape}.json").read_text())
+    np.testing.assert_allclose(found["losses"], losses, rtol=1e-5)
+    leaves = np.load(sharded / f"{shape}.npz")
+    assert set(leaves.files) == set(state.trained)
+    for path, leaf in state.trained.items():
+        np.testing.assert_allclose(leaves[path], leaf, rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_moments_are_sharded_as_their_weights_and_stay_so(shape, sharded):
+    found = json.loads((sharded / f"{shape}.json").read_text())
+    assert found["before"] == found["after"]
+    layout = found["before"]["attn/v/kernel"]
+    _, fsdp, tensor = (int(n) for n in shape.split("x"))
+    D, K, Dh = 64, 2, 16
+    assert layout["weight"] == layout["mu"] == layout["nu"] == [2, D // fsdp, K // tensor, Dh]
+
+
+def test_a_checkpoint_saved_on_eight_devices_is_read_on_one(sharded, alone):
+    trained, meta, step = checkpoint.load_best(sharded)
+    assert (meta, step) == ({"from": MESHES[-1]}, 5)
+    for path, leaf in alone[1].trained.items():
+        np.testing.assert_allclose(trained[path], leaf, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_divide_is_named(sharded):
+    errors = json.loads((sharded / "errors.json").read_text())
+    assert "blocks/attn/k/kernel [4, 64, 2, 16]: 2 over tensor=8" in errors["heads"]
+    assert "batch: got 6 rows, expected a multiple of mesh data x fsdp = 8" in errors["batch"]
+    assert "mesh: got {'data': 3, 'fsdp': 1, 'tensor': 1}" in errors["sizes"]
+    assert "8 devices" in errors["sizes"] and "'fsdp': 16" in errors["too many"]
+
+
+def test_one_device_has_one_mesh():
+    assert mesh.make_mesh(-1).size == 1
+    for sizes in ((-1, 2, 1), (2, 1, 1), (0, 1, 1), (-1, -1, 1), (1, -2, 1)):
+        with pytest.raises(
+            ValueError, match=r"^mesh: got .* expected sizes whose product is the 1"
+        ):
+            mesh.make_mesh(*sizes)
+
+
+def test_a_weight_without_rule_is_an_error():
+    with pytest.raises(ValueError, match="blocks/attn/z/kernel: no sharding rule"):
+        mesh.spec("blocks/attn/z/kernel", 3)

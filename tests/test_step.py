@@ -1,0 +1,245 @@
+"""One training step: exact accumulation, gradients where they belong, one program for all arms."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import traverse_util
+from ml_collections import FrozenConfigDict
+
+from reptune_jax import config, lm
+from reptune_jax.tuning import loop, partition
+from reptune_jax.tuning import step as steps
+from tests import tiny, tuning_case
+
+gradient = jax.jit(steps.gradient, static_argnums=(0, 5))
+YES, NO = jnp.asarray(True), jnp.asarray(False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return lm.load(str(tiny.make_llama(tmp_path_factory.mktemp("llama"))), "float32")
+
+
+def grads_of(case, batch, weight_3=None, accumulate=1):
+    weight_3 = case.task.weight_3 if weight_3 is None else jnp.array(weight_3)
+    return gradient(case.decoder, case.state.trained, case.task, batch, weight_3, accumulate)
+
+
+def assert_close(a, b, rtol):
+    assert a.keys() == b.keys()
+    for path in a:
+        scale = float(jnp.abs(b[path]).max())
+        np.testing.assert_allclose(a[path], b[path], rtol=rtol, atol=rtol * scale, err_msg=path)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_over_unequal_micro_batches_is_the_full_batch(accumulate, model):
+    case = tuning_case.case(model, tuning_case.settings(loss__retain=0.5))
+    batch = tuning_case.batch(model, B=4, R=4)
+    counts = batch.behavior.weight_BxLxC.sum((1, 2))
+    assert len(set(counts[::2].tolist())) > 1  # rows carry different numbers of labels
+    full, (mean_3, cosine_N) = grads_of(case, batch)
+    parts, (mean_of_parts_3, cosine_of_parts_N) = grads_of(case, batch, accumulate=accumulate)
+    np.testing.assert_allclose(mean_of_parts_3, mean_3, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(cosine_of_parts_N, cosine_N, rtol=1e-5, atol=1e-6)
+    assert_close(parts, full, 2e-6)
+
+
+def test_only_chosen_weights_of_chosen_layers_change(model):
+    c = tuning_case.settings(train__modules=("attn/v", "mlp/up"))
+    case = tuning_case.case(model, c)
+    assert set(case.state.trained) == {"attn/v/kernel", "mlp/up/kernel"}
+    before = jax.tree.map(np.asarray, model.params)
+    step, state = steps.make_step(case.decoder, case.train), case.state
+    for seed in range(3):
+        state, _ = step(state, case.task, tuning_case.batch(model, seed=seed), NO)
+    after = traverse_util.flatten_dict(
+        partition.overlay(model.params, state.trained, c.train.layers), sep="/"
+    )
+    for path, old in traverse_util.flatten_dict(before, sep="/").items():
+        new = np.asarray(after[path])
+        if path not in ("blocks/attn/v/kernel", "blocks/mlp/up/kernel"):
+            assert (new == old).all(), path
+            continue
+        moved = (new != old).reshape(4, -1).mean(1)
+        assert (moved[[0, 3]] == 0).all() and (moved[[1, 2]] > 0.9).all(), path
+    assert all(
+        (
+            np.asarray(model.params["blocks"]["attn"][k]["kernel"])
+            == before["blocks"]["attn"][k]["kernel"]
+        ).all()
+        for k in "qkvo"
+    )
+
+
+def test_the_base_model_survives_training_of_all_its_layers(model):
+    case = tuning_case.case(model, tuning_case.settings(train__layers=(0, 4), train__lr=1e-3))
+    before = np.array(model.params["blocks"]["attn"]["v"]["kernel"])
+    step = steps.make_step(case.decoder, case.train)
+    state, _ = step(case.state, case.task, tuning_case.batch(model), NO)  # donates its state
+    assert (np.asarray(model.params["blocks"]["attn"]["v"]["kernel"]) == before).all()
+    assert (np.asarray(state.trained["attn/v/kernel"]) != before).any()
+
+
+def test_segmented_gradient_is_that_of_the_whole_model(model):
+    modules, batch = ("attn", "mlp", "norm"), tuning_case.batch(model)
+    cut = tuning_case.case(model, tuning_case.settings(train__modules=modules))
+    whole = tuning_case.case(
+        model, tuning_case.settings(train__modules=modules, train__layers=(0, 4))
+    )
+    assert len(cut.decoder.segments) == 3 and len(whole.decoder.segments) == 1
+    of_whole, (mean_3, _) = grads_of(whole, batch)
+    of_cut, (mean_of_cut_3, _) = grads_of(cut, batch)
+    np.testing.assert_allclose(mean_of_cut_3, mean_3, rtol=1e-6)
+    assert_close(of_cut, {path: g[1:3] for path, g in of_whole.items()}, 1e-5)
+
+
+def test_remat_changes_the_program_and_not_the_gradient(model):
+    batch, found, programs = tuning_case.batch(model), {}, {}
+    for remat in ("none", "dots", "full"):
+        case = tuning_case.case(model, tuning_case.settings(train__remat=remat))
+        found[remat], _ = grads_of(case, batch)
+        args = case.state.trained, case.task, batch, case.task.weight_3
+        traced = jax.make_jaxpr(lambda *a, d=case.decoder: steps.gradient(d, *a, 1))(*args)
+        programs[remat] = re.sub(r"0x[0-9a-f]+", "", str(traced))
+    assert len(set(programs.values())) == 3
+    for remat in ("dots", "full"):
+        assert_close(found[remat], found["none"], 1e-5)
+
+
+def test_one_compiled_step_serves_every_arm_and_sign(model):
+    v, batch, programs = tuning_case.vector(model), tuning_case.batch(model), set()
+    seen = {}
+    for arm in config.TUNED_ARMS:
+        for sign in (1, -1):
+            c = config.armed(tuning_case.settings(arm=arm, sign=sign, train__lr=3e-3))
+            case = tuning_case.case(model, c, v.random_like(0) if c.vector.random else v)
+            step, state = steps.make_step(case.decoder, case.train), case.state
+            programs.add(step)
+            for _ in range(3):
+                state, _ = step(state, case.task, batch, NO)
+            seen[arm, sign] = np.asarray(state.trained["attn/v/kernel"])
+    assert len(programs) == 1 and programs.pop()._cache_size() == 1
+    assert len({a.tobytes() for a in seen.values()}) == 8  # all differ but for token and out signs
+    assert (seen["token", 1] == seen["token", -1]).all()  # the sign is in the targets there
+    assert (seen["out", 1] == seen["out", -1]).all()
+
+
+def test_a_step_is_torchs_adamw(model):
+    c = tuning_case.settings(train__weight_decay=0.1, train__b2=0.99, train__lr=3e-3)
+    case, batch = tuning_case.case(model, c), tuning_case.batch(model)
+    before = {path: np.array(leaf) for path, leaf in case.state.trained.items()}
+    grads, _ = grads_of(case, batch)
+    state, _ = steps.make_step(case.decoder, case.train)(case.state, case.task, batch, NO)
+    for path, old in before.items():
+        parameter = torch.nn.Parameter(torch.tensor(old))
+        parameter.grad = torch.tensor(np.array(grads[path]))
+        torch.optim.AdamW(
+            [parameter], lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1
+        ).step()
+        np.testing.assert_allclose(
+            state.trained[path], parameter.detach().numpy(), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_each_path_has_its_own_learning_rate(model):
+    c = tuning_case.settings(train__modules=("attn/v", "mlp/up", "mlp/down"), train__lr=1e-3)
+    c.train.lr_by_path = {"mlp/up": 1e-4, "mlp": 1e-5}
+    case, batch = tuning_case.case(model, c), tuning_case.batch(model)
+    before = {path: np.array(leaf) for path, leaf in case.state.trained.items()}
+    state, _ = steps.make_step(case.decoder, case.train)(case.state, case.task, batch, NO)
+    # Adam's first step moves every weight by its rate.
+    moved = {k: float(np.median(np.abs(state.trained[k] - before[k]))) for k in before}
+    assert moved["attn/v/kernel"] == pytest.approx(1e-3, rel=0.01)
+    assert moved["mlp/up/kernel"] == pytest.approx(1e-4, rel=0.01)
+    assert moved["mlp/down/kernel"] == pytest.approx(1e-5, rel=0.02)
+
+
+def test_a_rate_or_a_module_for_no_weight_is_an_error(model):
+    c = tuning_case.settings()
+    c.train.lr_by_path = {"mpl": 1e-4}
+    with pytest.raises(ValueError, match=r"lr_by_path: 'mpl' matches no trained weight"):
+        tuning_case.case(model, c)
+    with pytest.raises(ValueError, match=r"train.modules: 'atn/v' matches no weight"):
+        tuning_case.case(model, tuning_case.settings(train__modules=("atn/v",)))
+    with pytest.raises(ValueError, match=r"train.layers: got \(1, 5\)"):
+        tuning_case.case(model, tuning_case.settings(train__layers=(1, 5)))
+    with pytest.raises(ValueError, match=r"loss.layers: got \(2, 9\)"):
+        tuning_case.case(model, tuning_case.settings(loss__layers=(2, 9)))
+
+
+def test_schedules():
+    def rates(**changes):
+        c = tuning_case.settings(train__lr=1.0, train__steps=10, **changes)
+        rate = steps.schedule(FrozenConfigDict(c.train))
+        return [float(rate(i)) for i in range(10)]
+
+    assert rates(train__decay="none") == [1.0] * 10
+    linear = rates(train__decay="linear", train__warmup=4)
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert linear == pytest.approx(expected, rel=1e-5)
+    cosine = rates(train__decay="cosine", train__warmup=1)
+    expected = [1.0] + [(1 + np.cos(np.pi * i / 9)) / 2 for i in range(9)]
+    assert cosine == pytest.approx(expected, rel=1e-5)
+
+
+def test_clipping_bounds_the_gradient_and_zero_means_none(model):
+    batch = tuning_case.batch(model)
+    moments = {}
+    for clip in (0.0, 1e-3):
+        case = tuning_case.case(model, tuning_case.settings(train__clip=clip))
+        state, metrics = steps.make_step(case.decoder, case.train)(case.state, case.task, batch, NO)
+        moments[clip] = optax.global_norm(optax.tree_utils.tree_get(state.opt, "mu"))
+        assert float(metrics["grad_norm"]) > 0.01  # as it was before clipping
+    assert float(moments[0.0]) == pytest.approx(0.1 * float(metrics["grad_norm"]), rel=1e-4)
+    assert float(moments[1e-3]) == pytest.approx(0.1 * 1e-3, rel=1e-4)
+
+
+def test_measuring_reports_each_losss_own_gradient_and_changes_nothing(model):
+    c = tuning_case.settings(loss__retain=0.5, loss__cosine=2.0)
+    case = tuning_case.case(model, c)
+    moved = {k: 1.1 * v for k, v in case.state.trained.items()}  # else the KL has no gradient
+    case.state = case.state.replace(trained=moved)
+    batch = tuning_case.batch(model, R=4)
+    each = [grads_of(case, batch, row)[0] for row in np.eye(3, dtype=np.float32)]
+    step = steps.make_step(case.decoder, case.train)
+    copy = jax.tree.map(jnp.copy, case.state)
+    measured, metrics = step(case.state, case.task, batch, YES)
+    unmeasured, quiet = step(copy, case.task, batch, NO)
+    norms = [float(optax.global_norm(g)) for g in each]
+    assert min(norms) > 1e-3
+    np.testing.assert_allclose(metrics["norm_3"], norms, rtol=1e-4)
+    dot = sum(float(jnp.vdot(each[0][k], each[1][k])) for k in each[0])
+    assert float(metrics["conflict"]) == pytest.approx(dot / norms[0] / norms[1], abs=1e-4)
+    assert (np.asarray(quiet["norm_3"]) == 0).all()
+    assert step._cache_size() == 1
+    for path, leaf in measured.trained.items():
+        assert (np.asarray(leaf) == np.asarray(unmeasured.trained[path])).all()
+
+
+def test_masters_are_float32_where_the_model_is_bfloat16(tmp_path):
+    small = lm.load(str(tiny.make_llama(tmp_path, num_hidden_layers=3)), "bfloat16")
+    c = tuning_case.settings(train__layers=(1, 2), loss__layers=(1, 2), train__lr=1e-6)
+    case = tuning_case.case(small, c)
+    before = {path: np.array(leaf) for path, leaf in case.state.trained.items()}
+    batch = tuning_case.batch(small)
+    state, _ = steps.make_step(case.decoder, case.train)(case.state, case.task, batch, NO)
+    for path, leaf in state.trained.items():
+        assert leaf.dtype == jnp.float32
+        assert (np.asarray(leaf) != before[path]).mean() > 0.9  # an update of 1e-6 is kept
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(case.task.frozen))
+
+
+def test_the_task_is_the_armed_config_as_data(model):
+    v = tuning_case.vector(model)
+    task = loop.make_task(config.armed(tuning_case.settings(arm="out", sign=-1)), v, {})
+    assert (float(task.cosine.into), float(task.cosine.out), float(task.cosine.sign)) == (0, 1, -1)
+    assert task.cosine.layer_N.tolist() == [0, 1, 1, 0]
+    assert task.weight_3.tolist() == [1, 1, 0]
+    token = loop.make_task(config.armed(tuning_case.settings(arm="token")), v, {})
+    assert token.weight_3.tolist() == [1, 0, 0]
