@@ -1,0 +1,1 @@
+"""Measuring what a steered or tuned model does: scores, statistics, one long results table."""

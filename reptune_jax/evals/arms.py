@@ -1,0 +1,100 @@
+"""A condition: which weights, steered how, prompted how; all that an evaluation needs."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from reptune_jax.config import digest
+from reptune_jax.data.contrast import fold_system, with_system
+from reptune_jax.data.schema import Item
+from reptune_jax.lm import Model
+from reptune_jax.tuning import checkpoint, partition
+from reptune_jax.vectors.bake import bake
+from reptune_jax.vectors.steering_vector import SteeringVector
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One arm as it is run; see `results.Row` for what the labels mean."""
+
+    model: Model
+    arm: str
+    sign: int = 0
+    seed: int = 0
+    persona: Item | None = None  # put in front as a system turn
+    steer: SteeringVector | None = None  # added at every token
+    k: float = 0.0  # dose it was scaled by
+    layer: int = -1  # first layer it is added at
+
+    @property
+    def title(self) -> str:
+        """For the person watching."""
+        steered = f", dose {self.k:g} at layer {self.layer}" if self.k else ""
+        return f"{self.arm} {self.sign:+d} seed {self.seed}{steered}"
+
+    def messages(self, item: Item) -> list[dict[str, str]]:
+        """The item's turns, under the persona if there is one."""
+        return self.under_persona(item.messages)
+
+    def under_persona(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """Turns with the persona in front, where there is one."""
+        if self.persona is None:
+            return list(messages)
+        return fold_system(self.model.tokenizer, with_system(self.persona, messages))
+
+    def encode(self, item: Item) -> list[int]:
+        """Prompt ids."""
+        return self.model.encode_prompt(self.messages(item))
+
+    def labels(self, c: ConfigDict) -> dict[str, Any]:
+        """The columns that all rows of this condition share."""
+        sign = f"{self.sign:+d}"
+        return {
+            "run_id": f"{self.arm}{sign}_s{self.seed}_k{self.k:g}_l{self.layer}",
+            "behavior": Path(c.behavior).stem,
+            "arm": self.arm,
+            "sign": self.sign,
+            "seed": self.seed,
+            "k": self.k,
+            "layer": self.layer,
+            "model_sha": self.model.sha,
+            "config_sha": digest(c),
+        }
+
+
+def prompted(model: Model, persona: Item, sign: int) -> Condition:
+    """The untuned model under a persona."""
+    return Condition(model, "prompt", sign, persona=persona)
+
+
+def steered(model: Model, vector: SteeringVector, layer: int, dose: float, sign: int) -> Condition:
+    """The untuned model with `dose` times one layer's vector added online."""
+    return Condition(
+        model, "steer", sign, steer=vector.at([layer]) * (sign * dose), k=dose, layer=layer
+    )
+
+
+def baked(cond: Condition) -> Condition:
+    """A steered condition with its vector written into the weights instead."""
+    assert cond.steer is not None
+    return dataclasses.replace(cond, arm="bake", model=bake(cond.model, cond.steer), steer=None)
+
+
+def tuned(model: Model, run: Path) -> Condition:
+    """The best checkpoint of a training run.
+
+    Raises:
+      FileNotFoundError: no finished checkpoint. ValueError: it belongs to another base model.
+    """
+    trained, meta, _ = checkpoint.load_best(run)
+    if meta["model_sha"] != model.sha:
+        raise ValueError(
+            f"{run}: tuned from {meta['model']} ({meta['model_sha']}), got base {model.name} "
+            f"({model.sha}), expected the same. Load the model it was tuned from."
+        )
+    params = partition.overlay(model.params, trained, meta["layers"])
+    c = meta["config"]
+    return Condition(dataclasses.replace(model, params=params), c["arm"], c["sign"], c["seed"])

@@ -1,0 +1,171 @@
+"""The one long results table: a row is one item x metric x condition, nothing averaged yet."""
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reptune_jax import config
+
+ARMS = tuple(config.ARMS)
+SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats")
+METRICS = {
+    "logodds": "log p(pos) - log p(neg) of the item's contrast; a claim's pos is the right verdict",
+    "vader": "VADER compound of the continuation only, repeated words capped",
+    "nll": "negative log-likelihood of a neutral document, nats summed over its n_tokens",
+    "kl": "KL(base || arm), nats per token, mean over a document",
+    "top1": "share of tokens whose most likely next token is the base model's",
+    "own_ce": "cross-entropy of the base model's own greedy completion, nats per token",
+    "cos": "mean cosine of the residual stream to the vector, at a layer and position",
+    "distinct2": "distinct share of a generation's word bigrams",
+    "rep4": "repeated share of a generation's word 4-grams",
+    "judge": "judge's score of a reference text that is labelled 1 (pos) or 0 (neg)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One result. `layer` is where an arm steers, and for `cos` where the cosine was taken."""
+
+    run_id: str
+    behavior: str
+    arm: str
+    sign: int
+    seed: int
+    split: str
+    item_id: str
+    cluster: str
+    metric: str
+    value: float
+    template: str = ""
+    format: str = ""
+    order: str = ""  # "" | "ab" | "ba"
+    k: float = 0.0  # steering dose
+    layer: int = -1
+    position: str = ""
+    label: float = math.nan
+    logp_pos: float = math.nan
+    logp_neg: float = math.nan
+    mass: float = math.nan  # p(pos) + p(neg)
+    n_tokens: int = 0
+    n_bytes: int = 0
+    text: str = ""
+    prompt_sha: str = ""
+    model_sha: str = ""
+    config_sha: str = ""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("arm", ARMS), ("split", SPLITS), ("metric", tuple(METRICS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}.")
+        if self.sign not in (-1, 0, 1) or (self.sign == 0) != (self.arm == "base"):
+            raise ValueError(
+                f"sign: got {self.sign} for arm {self.arm}, expected +1/-1, 0 for base."
+            )
+        if math.isinf(self.value):
+            raise ValueError(f"value: got {self.value} for {self.item_id} {self.metric}.")
+
+
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+SCHEMA = pa.schema([(f.name, _TYPES[f.type]) for f in dataclasses.fields(Row)])  # type: ignore[index]
+
+# What one measurement is; two rows that agree on all of it are the same measurement twice.
+_IDENTITY = (
+    "behavior", "arm", "sign", "seed", "k", "layer", "position", "split", "item_id", "template",
+    "format", "order", "metric", "label",
+)  # fmt: skip
+_PROMPT = ["split", "item_id", "metric", "template", "format", "order"]
+
+
+def sha(ids: Sequence[int]) -> str:
+    """Identifies a prompt as the model saw it."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:12]
+
+
+def rows_to_table(rows: Iterable[Row]) -> pa.Table:
+    """Rows as an arrow table with `SCHEMA`."""
+    rows = list(rows)
+    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
+    return pa.table(columns, schema=SCHEMA)
+
+
+def write_parquet(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+    """Writes the rows to `path` at once: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(rows_to_table(rows), temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_study(folder: str | os.PathLike[str]) -> pd.DataFrame:
+    """All rows under folder/**/results/*.parquet.
+
+    Raises:
+      ValueError: a foreign schema, a measurement that is there twice, or an item shown to two arms
+        with different prompts (the `prompt` arm excepted: its prompt is what differs).
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("**/results/*.parquet"))
+    if not paths:
+        raise ValueError(
+            f"{folder}: found no **/results/*.parquet, expected at least one. "
+            "Run python -m reptune_jax.evals.baseline first."
+        )
+    rows = pd.concat([_read(path) for path in paths], ignore_index=True)
+    _refuse_duplicates(rows)
+    _refuse_mixed_prompts(rows)
+    return rows.drop(columns="file")
+
+
+def _read(path: Path) -> pd.DataFrame:
+    schema = pq.read_schema(path)
+    found = {field.name: str(field.type) for field in schema}
+    expected = {field.name: str(field.type) for field in SCHEMA}
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))
+        raise ValueError(
+            f"{path}: columns differ from the results schema in {wrong}. Write it with "
+            "reptune_jax.evals.results.write_parquet."
+        )
+    return pq.read_table(path).to_pandas().assign(file=str(path))
+
+
+def _refuse_duplicates(rows: pd.DataFrame) -> None:
+    again = rows.duplicated(list(_IDENTITY))
+    if not again.any():
+        return
+    second = rows[again].iloc[0]
+    same = (rows[list(_IDENTITY)].fillna(-1) == second[list(_IDENTITY)].fillna(-1)).all(axis=1)
+    first = rows[same].iloc[0]
+    raise ValueError(
+        f"results: {second.arm} (sign {second['sign']}, seed {second.seed}) has {second.metric} of "
+        f"{second.item_id} twice, in {first.file} (run {first.run_id}) and {second.file} "
+        f"(run {second.run_id}). Keep one of the two."
+    )
+
+
+def _refuse_mixed_prompts(rows: pd.DataFrame) -> None:
+    shown = rows[(rows.prompt_sha != "") & (rows.arm != "prompt")]
+    kinds = shown.groupby(_PROMPT)["prompt_sha"].transform("nunique")
+    mixed = shown[kinds > 1]
+    if mixed.empty:
+        return
+    first = mixed.iloc[0]
+    same = mixed[(mixed[_PROMPT] == first[_PROMPT]).all(axis=1)]
+    other = same[same.prompt_sha != first.prompt_sha].iloc[0]
+    raise ValueError(
+        f"results: item {first.item_id} ({first.metric}, template {first.template!r}, order "
+        f"{first.order!r}) has prompt_sha {first.prompt_sha} in {first.file} (arm {first.arm}) but "
+        f"{other.prompt_sha} in {other.file} (arm {other.arm}). A difference would mix prompt "
+        "and arm: re-run the older of the two."
+    )

@@ -1,0 +1,131 @@
+"""Program: online steering. Sweeps layer and dose on the validation split, then tests the winner.
+
+    python -m reptune_jax.evals.steering --config=configs/sentiment.py --workdir=runs/sentiment
+
+Two doses are chosen for each sign: the best one whose KL to the base on neutral prose stays under
+`steer.max_kl`, and, where tuned `dual` runs are there, the best one at the KL that they cost.
+Writes `results/steering.parquet`; skips it where it is there.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from ml_collections import ConfigDict
+
+from reptune_jax import program
+from reptune_jax.evals import arms, generation, scoring
+from reptune_jax.evals.bench import Bench, prepare
+from reptune_jax.evals.results import Row, write_parquet
+
+
+class Cell(NamedTuple):
+    """One point of the sweep, on validation prompts and neutral prose."""
+
+    layer: int
+    dose: float
+    effect: float  # mean judge score or log-odds, in the direction of the sign
+    kl: float  # nats/token
+
+
+def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
+    """Sweeps, chooses on validation, measures the choices on test."""
+    path = workdir / "results" / "steering.parquet"
+    if path.exists():
+        program.say(f"{path}: already there")
+        return path
+    bench = bench or prepare(c, workdir)
+    rows: list[Row] = []
+    for sign in c.study.signs:
+        cells, found = sweep(bench, sign)
+        rows += found
+        budgets = {"free": c.steer.max_kl, "equal KL": dual_kl(workdir, sign)}
+        chosen = {}
+        for name, budget in budgets.items():
+            if budget is not None:
+                layer, dose = choose(cells, budget)
+                program.say(
+                    f"steer {sign:+d} ({name} <= {budget:.3g}): layer {layer}, dose {dose:.3g}"
+                )
+                chosen[layer, dose] = arms.steered(bench.base, bench.vector, layer, dose, sign)
+        swept = {(cell.layer, cell.dose) for cell in cells}
+        for at, cond in chosen.items():
+            # A chosen point of the sweep has retention rows already, on validation documents.
+            rows = [r for r in rows if at not in swept or not _is_kept(r, sign, *at)]
+            rows += bench.rows(cond)
+            if "bake" in c.study.arms:
+                rows += bench.rows(arms.baked(cond))
+    write_parquet(path, rows)
+    program.say(f"steering: {len(rows)} rows -> {path}")
+    return path
+
+
+def sweep(bench: Bench, sign: int) -> tuple[list[Cell], list[Row]]:
+    """Every layer x dose on the validation split."""
+    cells, rows = [], []
+    prose = scoring.prose(bench.base, "val", bench.c.steer.documents, bench.c.eval.batch)
+    for layer in bench.c.steer.layers:
+        for dose in bench.c.steer.doses:
+            cond = arms.steered(bench.base, bench.vector, layer, dose, sign)
+            program.say(f"sweeping {cond.title}")
+            behavior = bench.behavior(cond, "val")
+            kept = scoring.retention_rows(bench.c, cond, prose)
+            cells.append(
+                Cell(layer, dose, sign * _mean(behavior, _score(bench)), _mean(kept, "kl"))
+            )
+            rows += behavior + kept
+    return cells, rows
+
+
+def choose(cells: list[Cell], budget: float) -> tuple[int, float]:
+    """The layer, and the dose at which its KL meets the budget, with the largest effect.
+
+    KL and effect are interpolated linearly in the dose between swept points, from (0, 0 KL).
+    """
+    best: tuple[float, int, float] | None = None
+    for layer in sorted({cell.layer for cell in cells}):
+        own = sorted((c for c in cells if c.layer == layer), key=lambda c: c.dose)
+        doses = np.array([0.0] + [c.dose for c in own])
+        kls = np.maximum.accumulate([0.0] + [c.kl for c in own])
+        effects = np.array([-np.inf] + [c.effect for c in own])
+        effects[0] = min(effects[1:])  # undosed: no better than the weakest swept dose
+        grid = np.linspace(0, doses[-1], 401)
+        grid = grid[np.interp(grid, doses, kls) <= budget]
+        effect = np.interp(grid, doses, effects)
+        i = int(np.argmax(effect))
+        if best is None or effect[i] > best[0]:
+            best = float(effect[i]), layer, round(float(grid[i]), 3)
+    assert best is not None
+    return best[1], best[2]
+
+
+def dual_kl(workdir: Path, sign: int) -> float | None:
+    """Mean KL on neutral prose that the study's tuned dual models of this sign cost."""
+    mark = "+" if sign > 0 else "-"
+    found = [
+        pq.read_table(
+            path, filters=[("metric", "==", "kl"), ("split", "==", "neutral")]
+        ).to_pandas()
+        for path in sorted(workdir.glob(f"dual{mark}_s*/results/tuned.parquet"))
+    ]
+    if not found:
+        return None
+    return float(np.mean([np.average(f["value"], weights=f["n_tokens"]) for f in found]))
+
+
+def _is_kept(row: Row, sign: int, layer: int, dose: float) -> bool:
+    same = (row.sign, row.layer, row.k) == (sign, layer, dose)
+    return same and row.split in ("neutral", "chats")
+
+
+def _score(bench: Bench) -> str:
+    return "vader" if generation.has_judge(bench.c) else "logodds"
+
+
+def _mean(rows: list[Row], metric: str) -> float:
+    return float(np.mean([r.value for r in rows if r.metric == metric]))
+
+
+if __name__ == "__main__":
+    program.main(run, __doc__)

@@ -1,0 +1,1 @@
+"""From the results table of a study to tables, plots and one self-contained HTML page."""

@@ -1,0 +1,363 @@
+"""The report of a made-up study: its numbers are those computed by hand from the same rows."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+from reptune_jax.evals import results, stats
+from reptune_jax.evals.results import Row
+from reptune_jax.report import html, study, tables
+from reptune_jax.report.study import BASE, Condition, Measure
+
+VADER, LOGODDS = Measure("vader", "free"), Measure("logodds", "free")
+SHIFT = {"prompt": 0.15, "token": 0.2, "vector": 0.1, "dual": 0.35, "random": 0.0}
+WORDS = [
+    "synthetic",
+    "fixture",
+    "text",
+    "about",
+    "rain",
+    "trains",
+    "bread",
+    "maps",
+    "rivers",
+    "and",
+    "chairs",
+]
+
+
+def synthetic_study(folder, items=40, seeds=(0, 1, 2), arms=tuple(SHIFT), claims=False):
+    """Writes a study of fabricated numbers; every text says that it is synthetic."""
+    rng = np.random.default_rng(0)
+    common = {"run_id": "synthetic", "behavior": "synthetic", "model_sha": "0" * 8}
+    level = {
+        (split, i): rng.normal(0.3, 0.2) for split in ("val", "test", "ood") for i in range(items)
+    }
+
+    def behave(arm, sign, seed, shift, splits=("test", "ood"), **where):
+        rows = []
+        for split in splits:
+            for i in range(items if split != "ood" else items // 2):
+                value = level[split, i] + (rng.normal(sign * shift, 0.1) if sign else 0)
+                at = common | where | {
+                    "arm": arm, "sign": sign, "seed": seed, "split": split, "format": "free",
+                    "item_id": f"{split}-{i}", "cluster": f"{split}-{i // 2}",
+                    "prompt_sha": f"p{i}",
+                }  # fmt: skip
+                text = "Synthetic: " + " ".join(rng.permutation(WORDS))
+                rows += [
+                    Row(**at, metric="vader", value=float(np.clip(value, -1, 1)), text=text),
+                    Row(**at, metric="logodds", value=4 * value + rng.normal(0, 0.3), mass=0.9),
+                    Row(**at, metric="distinct2", value=0.95),
+                    Row(**at, metric="rep4", value=0.01),
+                ]
+        return rows
+
+    def retain(arm, sign, seed, kl, **where):
+        rows = []
+        for split in ("neutral", "chats"):
+            for d in range(12):
+                at = common | where | {
+                    "arm": arm, "sign": sign, "seed": seed, "split": split,
+                    "item_id": f"{split}{d}", "cluster": f"{split}{d}",
+                    "n_tokens": 100 + d, "n_bytes": 420 + d,
+                }  # fmt: skip
+                noise = rng.gamma(4, 1 / 4) if sign else 0
+                rows += [
+                    Row(**at, metric="kl", value=kl * noise),
+                    Row(**at, metric="top1", value=1 - kl),
+                ]
+                if split == "neutral":
+                    nll = (100 + d) * (3 + 0.01 * d) + (100 + d) * 0.5 * kl * noise
+                    rows += [Row(**at, metric="nll", value=nll)]
+                else:
+                    rows += [Row(**at, metric="own_ce", value=0.4 + kl * noise)]
+        return rows
+
+    def cosines(arm, sign, seed, peak):
+        at = common | {"arm": arm, "sign": sign, "seed": seed, "split": "test"}
+        return [
+            Row(**at, metric="cos", item_id=f"i{i}", cluster=f"i{i}", layer=layer,
+                position=position,
+                value=float(peak * np.exp(-((layer - 15) / 5) ** 2) + rng.normal(-0.05, 0.01)))
+            for layer in range(30) for position in ("last", "before_answer", "response")
+            for i in range(2)
+        ]  # fmt: skip
+
+    base = behave("base", 0, 0, 0, ("val", "test", "ood")) + retain("base", 0, 0, 0)
+    base += cosines("base", 0, 0, 0.0)
+    for i in range(20):
+        for label, at in ((1.0, 0.5), (0.0, -0.5)):
+            base.append(
+                Row(**common, arm="base", sign=0, seed=0, split="test", item_id=f"j{i}",
+                    cluster=f"j{i}", metric="judge", value=rng.normal(at, 0.3), label=label,
+                    text="Synthetic.")
+            )  # fmt: skip
+    if claims:
+        for arm, sign, skill in (("base", 0, 0.3), ("dual", 1, 1.5), ("dual", -1, -0.5)):
+            base += _claims(rng, common, arm, sign, skill, items)
+    results.write_parquet(folder / "results/baseline.parquet", base)
+
+    swept = []
+    for sign in (1, -1):
+        for layer, power in ((10, 0.22), (15, 0.3), (20, 0.25)):
+            for k in (0.5, 1.0, 2.0):
+                where = {"k": k, "layer": layer}
+                chosen = ("val", "test", "ood") if (layer, k) == (15, 1.0) else ("val",)
+                swept += behave("steer", sign, 0, power * k, chosen, **where)
+                swept += retain("steer", sign, 0, 0.03 * k * k * layer / 15, **where)
+    results.write_parquet(folder / "results/steering.parquet", swept)
+
+    for arm in arms:
+        for sign in (1, -1):
+            for seed in seeds if arm != "prompt" else (0,):
+                shift = SHIFT[arm] + (rng.normal(0, 0.02) if arm != "prompt" else 0)
+                rows = behave(arm, sign, seed, shift)
+                if arm != "prompt":
+                    rows += retain(arm, sign, seed, 0.035)
+                    rows += cosines(arm, sign, seed, sign * SHIFT[arm])
+                run = folder / f"{arm}{'+' if sign > 0 else '-'}_s{seed}"
+                results.write_parquet(run / "results/tuned.parquet", rows)
+                if arm != "prompt":
+                    _log(run, rng)
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"config": {"model": "synthetic/model", "dtype": "float32"}, "commit": "abc1234"}
+        )
+    )
+    return folder
+
+
+def _claims(rng, common, arm, sign, skill, items):
+    rows = []
+    for i in range(items):
+        for label in (0.0, 1.0):
+            for order in ("ab", "ba"):
+                bias = -0.6 * (2 * label - 1)
+                rows.append(
+                    Row(**common, arm=arm, sign=sign, seed=0, split="test",
+                        item_id=f"c{i}-{label:g}", cluster=f"c{i}", format="claim", order=order,
+                        metric="logodds", label=label,
+                        value=float(rng.normal(skill + bias, 1)), mass=0.8)
+                )  # fmt: skip
+        for order in ("ab", "ba"):
+            rows.append(
+                Row(**common, arm=arm, sign=sign, seed=0, split="test", item_id=f"s{i}",
+                    cluster=f"s{i}", format="ab", order=order, metric="logodds", mass=0.8,
+                    value=float(rng.normal(skill + (0.4 if order == "ab" else -0.4), 1)))
+            )  # fmt: skip
+    return rows
+
+
+def _log(run, rng):
+    lines = [
+        {"step": s, "loss": 3 - s / 20, "token_loss": 2 - s / 30 + rng.normal(0, 0.02),
+         "kl": s / 2000, "cosine_loss": 0.5 - s / 100, "cosine/mean": s / 150,
+         "grad_norm": 1.0 + rng.normal(0, 0.1)}
+        for s in range(0, 40, 5)
+    ]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "lo'
+    (run / "metrics.jsonl").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return synthetic_study(tmp_path_factory.mktemp("study"), claims=True)
+
+
+@pytest.fixture(scope="module")
+def read(folder):
+    return study.read(folder, primary="logodds:free")
+
+
+@pytest.fixture(scope="module")
+def page(read):
+    return html.write(read).read_text()
+
+
+def rows_of(read, arm, sign, metric, split="test"):
+    rows = read.rows
+    mask = (
+        (rows.arm == arm) & (rows["sign"] == sign) & (rows.metric == metric) & (rows.split == split)
+    )
+    return rows[mask & (rows.format != "claim") & (rows.format != "ab")]
+
+
+def test_headline_numbers_are_those_of_the_rows(read, page):
+    base = rows_of(read, "base", 0, "vader").set_index("item_id").value
+    dual = rows_of(read, "dual", 1, "vader").copy()
+    dual["delta"] = dual.value - dual.item_id.map(base)
+    items = dual.groupby("item_id").delta.mean()
+    frame = tables.headline_frame(read, VADER)
+    row = frame[(frame.condition == Condition("dual", 1)) & (frame.split == "test")].iloc[0]
+    assert row.delta.estimate == pytest.approx(dual.delta.mean())
+    assert row.dz == pytest.approx(items.mean() / items.std())
+    assert row.against == (items < 0).mean()
+    assert (row.n, row.clusters, row.seeds) == (40, 20, 3)
+    assert row.delta.low < dual.delta.mean() < row.delta.high
+    assert f"{dual.delta.mean():+.3f}" in page
+    assert f"<td>{dual.value.mean():.3f}</td>" in page
+    assert f"{items.mean() / items.std():+.2f}" in page
+
+
+def test_retention_numbers_are_ratios_of_sums(read, page):
+    base = rows_of(read, "base", 0, "nll", "neutral").set_index("item_id")
+    dual = rows_of(read, "dual", 1, "nll", "neutral")
+    extra = (dual.value - dual.item_id.map(base.value)).sum()
+    kl = rows_of(read, "dual", 1, "kl", "neutral")
+    frame = tables.retention_frame(read)
+    row = frame[frame.condition == Condition("dual", 1)].iloc[0]
+    assert row.nats.estimate == pytest.approx(extra / dual.n_tokens.sum())
+    assert row.bpb.estimate == pytest.approx(extra / dual.n_bytes.sum() / np.log(2))
+    assert row.kl.estimate == pytest.approx(np.average(kl.value, weights=kl.n_tokens))
+    assert row.verdict == stats.non_inferiority(row.nats, 0.02)
+    assert f"{row.bpb.estimate:+.4f}" in page
+    assert f"{row.kl.estimate:.3f}" in page
+
+
+def test_family_is_holm_adjusted_over_both_signs(read):
+    frame = tables.family_frame(read, LOGODDS)
+    assert [(r["sign"], r.rival.arm) for _, r in frame.iterrows()] == [
+        (s, rival) for s in (1, -1) for rival in tables.RIVALS
+    ]
+    np.testing.assert_allclose(frame.p_holm, stats.holm(frame.p))
+    verdicts = dict(
+        zip(
+            [(s, r.arm) for s, r in zip(frame.sign, frame.rival, strict=True)],
+            frame.verdict,
+            strict=True,
+        )
+    )
+    assert verdicts[1, "base"] == verdicts[-1, "random"] == "dual ahead"
+
+
+def test_identical_arms_show_no_difference(tmp_path):
+    folder = synthetic_study(tmp_path, items=20, seeds=(0,), arms=("dual",))
+    path = folder / "dual+_s0/results/tuned.parquet"
+    mine = [Row(**r) for r in results.pq.read_table(path).to_pylist()]
+    twin = [results.dataclasses.replace(r, arm="token") for r in mine if r.metric != "cos"]
+    results.write_parquet(folder / "token+_s0/results/tuned.parquet", twin)
+    frame = tables.family_frame(study.read(folder), LOGODDS)
+    row = frame[[r.arm == "token" for r in frame.rival]].iloc[0]
+    assert (row.advantage.estimate, row.advantage.low, row.advantage.high) == (0, 0, 0)
+    assert (row.p, row.verdict) == (1, "no difference shown")
+
+
+def test_claims_follow_the_convention_right_minus_wrong(read, page):
+    frame = tables.claims_frame(read).set_index("condition")
+    rows = read.rows
+    own = rows[(rows.arm == "dual") & (rows["sign"] == 1) & (rows.format == "claim")]
+    margin = np.where(own.label == 1, own.value, -own.value)
+    row = frame.loc[Condition("dual", 1)]
+    assert row.auroc.estimate == pytest.approx(stats.auroc(margin, own.label))
+    assert row.accuracy.estimate == pytest.approx((own.value > 0).mean())
+    hits, fas = (int((margin > 0)[own.label == y].sum()) for y in (1, 0))
+    expected = stats.dprime_c(hits, 80, fas, 80)
+    assert (row.dprime.estimate, row.c.estimate) == pytest.approx(expected)
+    assert row.c.low > 0  # the made-up model leans to "false"
+    assert frame.loc[BASE].gain is None and row.gain.low > 0
+    assert f"{row.auroc.estimate:.3f}" in page
+
+
+def test_scenarios_average_both_orders(read):
+    frame = tables.scenarios_frame(read).set_index("condition")
+    rows = read.rows
+    own = rows[(rows.arm == "base") & (rows.format == "ab")]
+    assert frame.loc[BASE].lie.estimate == pytest.approx((1 / (1 + np.exp(own.value))).mean())
+    wide = own.pivot(index="item_id", columns="order", values="value")
+    assert frame.loc[BASE].position.estimate == pytest.approx(((wide.ab - wide.ba) / 2).mean())
+    assert frame.loc[BASE].consistent.estimate == pytest.approx((wide > 0).all(axis=1).mean())
+
+
+def test_steering_is_chosen_within_the_kl_budget_on_validation(folder, read):
+    assert read.pick("steer", 1) == Condition("steer", 1, 1.0, 15)
+    swept = read.pick("steer", 1, split="val")
+    assert read.kl(swept) <= 1.05 * read.budget(1)
+    loose = study.read(folder, primary="logodds:free", kl_budget=1.0).pick("steer", 1, split="val")
+    assert loose == Condition("steer", 1, 2.0, 15)
+
+
+def test_page_is_self_contained_and_figures_are_drawn(read, page):
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert "<script" not in page
+    figures = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(figures) >= 8
+    assert all(b"<svg" in base64.b64decode(f) for f in figures)
+    assert len(list((read.folder / "report/plots").glob("*.png"))) == len(figures)
+    assert page.count('class="card"') == html.GENERATIONS + 2 * html.FAILURES
+
+
+def test_an_interpolated_dose_without_validation_rows_is_the_one_nearest_the_budget(tmp_path):
+    folder = synthetic_study(tmp_path, items=8, seeds=(0,), arms=("dual",))
+    path = folder / "results/steering.parquet"
+    swept = [Row(**r) for r in results.pq.read_table(path).to_pylist()]
+    test = [r for r in swept if r.split == "test"]
+    halves = [r for r in swept if (r.metric, r.layer, r.k) == ("kl", 15, 1.0)]
+    between = [results.dataclasses.replace(r, k=0.7) for r in test]
+    between += [results.dataclasses.replace(r, k=0.7, value=0.9 * r.value) for r in halves]
+    results.write_parquet(path, swept + between)
+    budget = study.read(folder).kl(Condition("steer", 1, 0.7, 15)) * 1.01
+    assert study.read(folder, kl_budget=budget).pick("steer", 1) == Condition("steer", 1, 0.7, 15)
+
+
+def test_texts_of_a_behavior_without_judge_are_shown(tmp_path):
+    folder = synthetic_study(tmp_path, items=12, seeds=(0,), arms=())
+    path = folder / "results/baseline.parquet"
+    rows = [Row(**r) for r in results.pq.read_table(path).to_pylist()]
+    kept = [r for r in rows if r.metric not in ("vader", "judge")]
+    (folder / "results/steering.parquet").unlink()
+    results.write_parquet(path, [results.dataclasses.replace(r, text="kept text") for r in kept])
+    cards = html.generations(study.read(folder))
+    assert len(cards) == html.GENERATIONS
+    assert cards[0]["answers"][0]["text"] == "kept text"
+
+
+def test_generations_are_the_same_draw_every_time(read):
+    first, second = html.generations(read), html.generations(read)
+    assert [c["item"] for c in first] == [c["item"] for c in second]
+    assert len({c["item"] for c in first}) == html.GENERATIONS
+    names = [a["arm"] for a in first[0]["answers"]]
+    assert names[:3] == ["base", "prompt +", "prompt −"]
+
+
+def test_half_written_last_log_line_is_skipped(read):
+    assert sorted(read.curves.step.unique()) == list(range(0, 40, 5))
+    assert set(read.curves.seed) == {0, 1, 2}
+
+
+def test_markdown_has_the_same_cells(read, page):
+    text = tables.headline_markdown(read) + tables.retention_markdown(read)
+    for row in tables.retention_table(read).rows + tables.headline_table(read, VADER).rows:
+        assert "| " + " | ".join(row) + " |" in text
+    assert "primary measure" in text
+
+
+def test_baseline_alone_gives_a_page_with_sentences_for_what_is_missing(tmp_path):
+    full = synthetic_study(tmp_path / "full", items=8, seeds=(0,), arms=())
+    (full / "results/steering.parquet").unlink()
+    (full / "config.json").unlink()
+    alone = study.read(full)
+    page = html.write(alone).read_text()
+    for sentence in (
+        "The dual arm has no test rows yet", "nothing was tuned in this study yet",
+        "Needs a steering sweep", "Arms not run: prompt, token, steer, random, dual",
+    ):  # fmt: skip
+        assert sentence in page
+
+
+def test_unknown_primary_names_the_choices(folder):
+    with pytest.raises(ValueError, match="logodds:free"):
+        study.read(folder, primary="logodds:fre")
+
+
+def test_html_in_generated_text_is_escaped(tmp_path):
+    folder = synthetic_study(tmp_path, items=8, seeds=(0,), arms=())
+    path = folder / "results/baseline.parquet"
+    rows = [Row(**r) for r in results.pq.read_table(path).to_pylist()]
+    evil = [results.dataclasses.replace(r, text="<script>alert(1)</script>") for r in rows]
+    results.write_parquet(path, evil)
+    page = html.write(study.read(folder)).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
