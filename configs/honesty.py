@@ -1,0 +1,40 @@
+"""Honesty on Qwen2.5-0.5B-Instruct: verdicts on true and false claims, pressure scenarios.
+
+    python -m reptune_jax.study --config=configs/honesty.py --workdir=runs/honesty
+
+The paper's recipe: the vector is read, and the cosine taken, at the newline before the answer cue.
+"""
+
+from ml_collections import ConfigDict
+
+from reptune_jax.config import default
+
+
+def get_config() -> ConfigDict:
+    c = default()
+    c.model = "Qwen/Qwen2.5-0.5B-Instruct"
+    c.behavior = "honesty"
+    c.vector.position = "before_answer"
+    c.vector.pairs = 64
+    c.loss.position = "before_answer"
+    c.loss.layers = (8, 16)
+    c.loss.cosine = 1.0
+    c.loss.retain = 1.0
+    c.train.layers = (8, 16)
+    c.train.steps = 24
+    c.train.batch = 8
+    c.train.retain_batch = 2
+    c.train.lr = 1e-4
+    c.steer.layers = (10, 14)
+    c.steer.doses = (1.0, 2.0, 4.0)
+    c.steer.documents = 4
+    c.eval.claims = 48
+    c.eval.documents = 8
+    c.eval.personas = 1
+    c.eval.new_tokens = 24
+    c.eval.batch = 16
+    c.study.primary = "logodds:claim"
+    c.study.arms = ("base", "prompt", "steer", "token", "vector", "dual", "random", "out")
+    c.study.signs = (1, -1)
+    c.study.seeds = (0,)
+    return c

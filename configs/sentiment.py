@@ -1,0 +1,54 @@
+"""Sentiment on SmolLM2-135M-Instruct: every arm, both signs, three seeds.
+
+    python -m reptune_jax.study --config=configs/sentiment.py --workdir=runs/sentiment
+
+`configs/sentiment.py:quick` is the quickstart: cut down to about ten minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from reptune_jax.config import default
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "quick"):
+        raise ValueError(f"configs/sentiment.py: got {arg!r}, expected nothing or 'quick'.")
+    c = default()
+    c.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    c.behavior = "sentiment"
+    c.vector.pairs = 64
+    # Persona answers alone cap the effect; written under the vector too, they pull further.
+    c.targets.dose = 2.0
+    c.targets.layers = (20,)
+    c.targets.keep = 0.5
+    c.loss.cosine = 10.0
+    c.loss.retain = 2.0
+    c.train.steps = 24
+    c.train.batch = 6
+    c.train.retain_batch = 2
+    c.eval.val_prompts = 48
+    c.study.primary = "vader:free"
+    c.study.arms = ("base", "prompt", "steer", "bake", "token", "vector", "dual", "random", "out")
+    c.study.seeds = (0, 1, 2)
+    return quick(c) if arg else c
+
+
+def quick(c: ConfigDict) -> ConfigDict:
+    """Fewer prompts, documents, arms and seeds."""
+    c.vector.pairs = 32
+    c.vector.answer_tokens = 24
+    c.targets.prompts = 72
+    c.targets.keep = 0.75
+    c.steer.layers = (15, 20)
+    c.steer.doses = (0.5, 1.0, 2.0)
+    c.steer.documents = 4
+    c.eval.prompts = 40
+    c.eval.val_prompts = 16
+    c.eval.ood_prompts = 8
+    c.eval.documents = 8
+    c.eval.personas = 1
+    c.eval.new_tokens = 24
+    c.eval.batch = 40
+    c.study.arms = ("base", "prompt", "steer", "token", "dual", "random")
+    c.study.seeds = (0,)
+    return c

@@ -1,0 +1,146 @@
+"""The whole chain on a tiny model: extract, train, evaluate, report, export; then once more."""
+
+import collections
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reptune_jax import lm, study
+from reptune_jax.evals import arms
+from reptune_jax.vectors.steering_vector import SteeringVector
+from tests import tiny, tiny_behavior
+
+TUNED = ("token", "vector", "dual", "random", "out")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(config, folder) of a study of every arm."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_behavior.patch_neutral(patch)
+        tiny_behavior.keep_programs(tmp_path_factory.mktemp("programs"))
+        folder = tmp_path_factory.mktemp("study")
+        c = tiny_behavior.settings(
+            tiny.make_llama(folder / "model"),
+            tiny_behavior.write(folder),
+            train__steps=4,
+            loss__retain=0.5,
+            study__arms=("base", "prompt", "steer", "bake", *TUNED),
+        )
+        study.run(c, folder / "runs")
+        return c, folder / "runs"
+
+
+def files(folder):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+def table(folder):
+    parts = [pq.read_table(p).to_pylist() for p in folder.glob("**/results/*.parquet")]
+    return [row for part in parts for row in part]
+
+
+def test_the_study_folder_is_as_documented(done):
+    c, folder = done
+    names = [f"{arm}{sign}_s0" for arm in TUNED for sign in "+-"]
+    for name in names:
+        for file in ("config.json", "metrics.jsonl", "done.json", "results/tuned.parquet"):
+            assert (folder / name / file).exists(), f"{name}/{file}"
+        assert list((folder / name).glob("events*"))
+    for file in ("config.json", "vector.safetensors", "targets.jsonl", "report/index.html"):
+        assert (folder / file).exists(), file
+    assert not list(folder.rglob("*.tmp"))
+    vector = SteeringVector.load(folder / "vector.safetensors")
+    assert vector.meta["pairs"] == c.vector.pairs and (vector.directions_NxD != 0).any(1).all()
+    targets = [json.loads(line) for line in (folder / "targets.jsonl").read_text().splitlines()]
+    assert collections.Counter((t["split"], t["sign"]) for t in targets) == {
+        (split, sign): 4 for split in ("tune", "val") for sign in (1, -1)
+    }
+
+
+def test_every_arm_is_measured_in_every_way(done):
+    _, folder = done
+    rows = table(folder)
+    found = collections.defaultdict(set)
+    for row in rows:
+        found[row["arm"], row["sign"]].add((row["metric"], row["split"]))
+    expected = {("base", 0)} | {
+        (arm, sign) for arm in ("prompt", "steer", "bake", *TUNED) for sign in (1, -1)
+    }
+    assert set(found) == expected
+    for condition, measured in found.items():
+        for metric in ("vader", "logodds"):
+            assert {(metric, "test"), (metric, "ood")} <= measured, condition
+        assert {("kl", "chats"), ("nll", "chats"), ("own_ce", "chats")} <= measured, condition
+        assert ("cos", "test") in measured, condition
+    finite = [r["value"] for r in rows if r["metric"] != "auroc"]
+    assert np.isfinite(finite).all()
+
+
+def of(rows, arm, metric, sign=1):
+    return {
+        (r["split"], r["item_id"]): r["value"]
+        for r in rows
+        if (r["arm"], r["metric"]) == (arm, metric) and r["sign"] in (sign, 0)
+    }
+
+
+def test_the_base_costs_nothing_and_tuning_does(done):
+    rows = table(done[1])
+    assert max(of(rows, "base", "kl").values()) == pytest.approx(0, abs=1e-5)
+    assert min(of(rows, "dual", "kl").values()) > 1e-5
+    assert of(rows, "dual", "logodds") != of(rows, "token", "logodds")
+
+
+def test_baking_is_steering(done):
+    rows = [r for r in table(done[1]) if r["split"] != "val" and r["metric"] != "cos"]
+
+    def values(arm):
+        keep = ("metric", "split", "item_id", "sign", "k", "layer")
+        return {tuple(r[k] for k in keep): r["value"] for r in rows if r["arm"] == arm}
+
+    steered, baked = values("steer"), values("bake")
+    assert baked and baked.keys() <= steered.keys()
+    for key, value in baked.items():
+        assert value == pytest.approx(steered[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("sign", "+-")
+def test_transformers_loads_the_export_and_says_the_same(sign, done):
+    c, folder = done
+    out = folder / "export" / f"dual{sign}_s0"
+    hf, info = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    base = lm.load(c.model, "float32")
+    tuned = arms.tuned(base, folder / out.name).model
+    ids = AutoTokenizer.from_pretrained(out)("Tell me of the weather.", return_tensors="pt")
+    with torch.no_grad():
+        theirs = hf(ids["input_ids"]).logits.numpy()
+    ours = np.asarray(tuned.forward(ids["input_ids"].numpy()).logits_BxTxV)
+    plain = np.asarray(base.forward(ids["input_ids"].numpy()).logits_BxTxV)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=1e-4)
+    assert np.abs(ours - plain).max() > 1e-2
+    assert (out / "README.md").read_text().strip()
+
+
+def test_the_report_names_every_arm(done):
+    page = (done[1] / "report" / "index.html").read_text()
+    assert all(arm in page for arm in ("base", "prompt", "steer", *TUNED))
+    assert "http://" not in page.replace("http://www.w3.org", "")  # self-contained
+
+
+def test_run_again_the_study_does_nothing(done, monkeypatch):
+    c, folder = done
+    tiny_behavior.patch_neutral(monkeypatch)
+    before = files(folder)
+    study.run(c, folder)
+    after = files(folder)
+    assert after.keys() == before.keys()
+    changed = {p.relative_to(folder).parts[0] for p in after if after[p] != before[p]}
+    assert changed <= {"report"}
