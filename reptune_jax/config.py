@@ -132,6 +132,7 @@ def _train() -> ConfigDict:
     c.weight_decay = 0.0
     c.remat = "none"  # none | dots | full
     c.log_every = 5
+    c.measure_every = 10  # gradient norm of each loss alone: three more backward passes
     c.eval_every = 10
     c.patience = 3  # evaluations without improvement before stopping; 0 = never
     c.keep = 1  # checkpoints kept besides the best

@@ -24,6 +24,10 @@ from reptune_jax.report import study as studies
 
 def run(c: ConfigDict, workdir: Path) -> None:
     """Everything, in order; prints each step's time and the report's path."""
+    if c.study.export and c.study.export not in c.study.arms:
+        raise ValueError(
+            f"study.export: got {c.study.export!r}, expected one of study.arms={c.study.arms}, or ''."
+        )
     began = time.monotonic()
     with timed("model, vector and targets"):
         bench = prepare(c, workdir)

@@ -29,7 +29,12 @@ def sharded(folder, tmp_path_factory):
     flags = "--xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-m", "tests.tuning_mesh", str(folder), str(out), *MESHES],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time here
+        },
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,

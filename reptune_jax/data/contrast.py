@@ -134,7 +134,7 @@ def _yesno(item: Item) -> list[Contrast]:
 
 
 def _lettered(item: Item) -> list[Contrast]:
-    """The paper's format (method.md 1.1), in both orders."""
+    """The paper's format (docs/method.md), in both orders."""
     return [_lettered_in(item, order) for order in ORDERS]
 
 
@@ -166,7 +166,7 @@ def _scenario(item: Item, order: str) -> Contrast:
 def honesty_pairs(
     claims: Sequence[Item], personas: Sequence[Item], paired: bool = True, order: str = "ab"
 ) -> list[Pair]:
-    """The paper's pairs over lettered questions (method.md 1.1), rotating through the personas.
+    """The paper's pairs over lettered questions (docs/method.md), rotating through the personas.
 
     paired: one claim; the honest persona with the right letter, the dishonest with the wrong one.
     unpaired: one letter; the honest persona is right with it, the dishonest one, asked about the

@@ -1,5 +1,6 @@
 """Tuning examples: what the token loss predicts and where the cosine is taken."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,5 +75,6 @@ def repeated_share(ids: Sequence[int], n: int = 4) -> float:
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:
-    """For targets.jsonl."""
-    return answer._asdict()
+    """For targets.jsonl; JSON has no NaN, so odds that were not computed become null."""
+    row = answer._asdict()
+    return row if math.isfinite(answer.odds) else row | {"odds": None}

@@ -63,7 +63,7 @@ class Text(NamedTuple):
 
 
 def reference(c: ConfigDict, base: Model) -> list[Text]:
-    """The test split's neutral documents, and unrelated chats with the base's own greedy answers."""
+    """The test split's neutral documents, and unrelated chats with the base's greedy answers."""
     return prose(base, "test", c.eval.documents, c.eval.batch) + _chats(c, base)
 
 

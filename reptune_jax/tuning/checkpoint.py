@@ -99,7 +99,11 @@ def load_best(workdir: Path) -> tuple[Flat, dict[str, Any], int]:
             f"{folder}: no checkpoints there. Run `train` with this --workdir first."
         )
     options = ocp.CheckpointManagerOptions(best_fn=lambda m: m["val_loss"], best_mode="min")
-    handlers = {"trained": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    handlers = {
+        "trained": ocp.StandardCheckpointHandler(),
+        "rest": ocp.StandardCheckpointHandler(),  # not read here, but an unknown item warns
+        "meta": ocp.JsonCheckpointHandler(),
+    }
     with ocp.CheckpointManager(folder, item_handlers=handlers, options=options) as manager:
         step = manager.best_step()
         if step is None:

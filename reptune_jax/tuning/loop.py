@@ -85,12 +85,14 @@ class _Loop:
         for i in range(first, self.train.steps):
             if self.train.patience and self.waited >= self.train.patience:
                 break
-            measure = i % self.train.log_every == 0 or i + 1 == self.train.steps
+            last = i + 1 == self.train.steps
+            measure = last or _every(i, self.train.measure_every)
             state, metrics = step(state, self.task, self._batch(i), jnp.asarray(measure))
             if pending:  # one step late: the device is already busy with the next one
                 self._write(*pending)
-            pending = (i + 1, metrics) if measure else None
-            if (i + 1) % self.train.eval_every == 0 or i + 1 == self.train.steps:
+            log = measure or last or _every(i, self.train.log_every)
+            pending = (i + 1, metrics, measure) if log else None
+            if last or _every(i + 1, self.train.eval_every):
                 if pending:  # what a checkpoint follows is in the log before it
                     self._write(*pending)
                 pending = None
@@ -155,8 +157,8 @@ class _Loop:
                 kept = jax.tree.map(lambda a, r=at: a[r % len(keep.tokens_BxT)], keep)
             yield meshes.put_batch(Batch(behavior, kept), self.mesh)
 
-    def _write(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values = _flatten(jax.device_get(metrics), self.c.loss.layers)
+    def _write(self, step: int, metrics: dict[str, jax.Array], measured: bool) -> None:
+        values = _flatten(jax.device_get(metrics), self.c.loss.layers, measured)
         keep, T = self.corpus.keep, self.corpus.train.tokens_BxT.shape[1]
         rows = self.train.batch + (self.train.retain_batch if keep is not None else 0)
         values |= self.log.rates(step, examples=self.train.batch, tokens=rows * T)
@@ -164,16 +166,23 @@ class _Loop:
         self.log.progress(step, values)
 
 
-def _flatten(metrics: dict[str, np.ndarray], layers: tuple[int, int]) -> dict[str, float]:
+def _every(i: int, n: int) -> bool:
+    return n > 0 and i % n == 0
+
+
+def _flatten(
+    metrics: dict[str, np.ndarray], layers: tuple[int, int], measured: bool
+) -> dict[str, float]:
     """Scalars under the names that TensorBoard and metrics.jsonl share."""
     cosine_N = metrics["cosine_N"]
     out = {k: float(metrics[k]) for k in ("loss", "grad_norm", "lr")}
     out |= {f"{k}_loss": float(v) for k, v in zip(steps.LOSSES, metrics["mean_3"], strict=True)}
     out["cosine/mean"] = float(cosine_N[slice(*layers)].mean())
     out |= {f"cosine/layer_{n:02d}": float(v) for n, v in enumerate(cosine_N)}
-    norms = zip(steps.LOSSES, metrics["norm_3"], strict=True)
-    out |= {f"grad_norm/{k}": float(v) for k, v in norms}
-    out["grad_norm/conflict"] = float(metrics["conflict"])
+    if measured:
+        norms = zip(steps.LOSSES, metrics["norm_3"], strict=True)
+        out |= {f"grad_norm/{k}": float(v) for k, v in norms}
+        out["grad_norm/conflict"] = float(metrics["conflict"])
     return out
 
 

@@ -1,6 +1,6 @@
 """Vectors from verdicts on claims: an honest and a dishonest persona answer the same question.
 
-The construction is the paper's (method.md 1.1): a pair is persona + its own verdict. With the
+The construction is the paper's (docs/method.md): a pair is persona + its own verdict. With the
 default position the label is not yet visible, so the difference is the persona's effect there.
 """
 

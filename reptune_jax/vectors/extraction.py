@@ -1,6 +1,7 @@
 """Contrastive data to a behavior vector, and the texts that tuning will learn from."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -79,7 +80,10 @@ def make_targets(
 
 def read_targets(path: Path) -> list[Answer]:
     """Reads targets.jsonl."""
-    return [Answer(**json.loads(line)) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        Answer(**row | {"odds": math.nan if row["odds"] is None else row["odds"]}) for row in rows
+    ]
 
 
 def write_jsonl(path: Path, rows: list[Answer]) -> None:
