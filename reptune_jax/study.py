@@ -26,7 +26,8 @@ def run(c: ConfigDict, workdir: Path) -> None:
     """Everything, in order; prints each step's time and the report's path."""
     if c.study.export and c.study.export not in c.study.arms:
         raise ValueError(
-            f"study.export: got {c.study.export!r}, expected one of study.arms={c.study.arms}, or ''."
+            f"study.export: got {c.study.export!r}, expected '' or one of {c.study.arms}. "
+            "Add the arm, or export another."
         )
     began = time.monotonic()
     with timed("model, vector and targets"):
