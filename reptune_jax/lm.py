@@ -26,7 +26,7 @@ from reptune_jax.model import arch as archs
 from reptune_jax.model import decode
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Steer
-from reptune_jax.model.transformer import Decoder, collect, init_cache, whole
+from reptune_jax.model.transformer import Decoder, collect, init_cache, unembed, whole
 
 _BUCKET = 16  # token lengths are rounded up to this, so that few shapes are compiled
 
@@ -351,7 +351,7 @@ def _forward(decoder, params, tokens_BxT, mask_BxT, steer, *, capture):
         keep_residual=capture,
         mutable=["intermediates"],
     )
-    logits = decoder.apply({"params": params}, hidden, method="logits")
+    logits = unembed(decoder, params, hidden)
     if not capture:
         return logits, None
     return logits, collect(sown["intermediates"], decoder.segments, "residual")
@@ -369,7 +369,7 @@ def _score(decoder, params, tokens_BxT, mask_BxT, start_B, steer, *, L):
 
     def row(args):  # one row at a time: [L, V] logits, never [B, L, V]
         hidden_LxD, target_L, real_L = args
-        logits_LxV = decoder.apply({"params": params}, hidden_LxD, method="logits")
+        logits_LxV = unembed(decoder, params, hidden_LxD)
         picked_L = jnp.take_along_axis(logits_LxV, target_L[:, None], axis=1)[:, 0]
         logp_L = picked_L - jax.nn.logsumexp(logits_LxV, axis=-1)
         greedy_L = picked_L >= logits_LxV.max(axis=-1)
@@ -382,5 +382,5 @@ def _score(decoder, params, tokens_BxT, mask_BxT, start_B, steer, *, L):
 def _next(decoder, params, tokens_BxT, mask_BxT, candidates_BxC, steer):
     """Left-padded prompts: the last column predicts the next token of every row."""
     hidden, _ = decoder.apply({"params": params}, tokens_BxT, mask_BxT, steer=steer)
-    logits_BxV = decoder.apply({"params": params}, hidden[:, -1], method="logits")
+    logits_BxV = unembed(decoder, params, hidden[:, -1])
     return jnp.take_along_axis(jax.nn.log_softmax(logits_BxV, axis=-1), candidates_BxC, axis=1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from reptune_jax.model.intervene import Steer
-from reptune_jax.model.transformer import Cache, Decoder
+from reptune_jax.model.transformer import Cache, Decoder, unembed
 
 
 @partial(jax.jit, static_argnames=("decoder", "max_new"), donate_argnames=("cache",))
@@ -39,8 +39,7 @@ def generate(
         hidden, cache = decoder.apply(
             {"params": params}, tokens, mask_BxS, steer=steer, cache=cache, slot=slot
         )
-        logits_BxV = decoder.apply({"params": params}, hidden[:, -1], method="logits")
-        return logits_BxV, cache
+        return unembed(decoder, params, hidden[:, -1]), cache
 
     def pick(logits_BxV, i):
         return jax.lax.cond(

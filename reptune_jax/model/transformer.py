@@ -10,7 +10,7 @@ callers that make it mutable:
   `cosine`   [N, B, T]     `probe`: scalars computed inside the layer, never a stack of residuals
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -235,8 +235,8 @@ def whole(arch: Arch, dtype: Any = jnp.float32) -> Decoder:
 
 def unembed(decoder: Decoder, params: Any, hidden_xD: jax.Array) -> jax.Array:
     """`Decoder.logits` as a function of the parameters: [..., D] -> float32 [..., V]."""
-    logits: jax.Array = decoder.apply({"params": params}, hidden_xD, method="logits")  # type: ignore[assignment]
-    return logits
+    logits = decoder.apply({"params": params}, hidden_xD, method="logits")
+    return cast(jax.Array, logits)
 
 
 def collect(intermediates: dict[str, Any], segments: Segments, name: str) -> jax.Array:

@@ -19,7 +19,7 @@ from ml_collections import FrozenConfigDict
 from reptune_jax import mesh as meshes
 from reptune_jax.data.batches import Batch
 from reptune_jax.model.intervene import Probe
-from reptune_jax.model.transformer import Decoder, collect
+from reptune_jax.model.transformer import Decoder, collect, unembed
 from reptune_jax.tuning import losses
 from reptune_jax.tuning.partition import Flat, merge
 
@@ -86,21 +86,19 @@ def sums(
 
     Behavior rows and retention rows go through the layers together, in one scan.
     """
-    params = {"params": merge(trained, task.frozen, decoder.dtype)}
+    params = merge(trained, task.frozen, decoder.dtype)
     b, keep = batch.behavior, batch.keep
     tokens, mask = b.tokens_BxT, b.mask_BxT
     if keep is not None:
         tokens = jnp.concatenate([tokens, keep.tokens_BxT])
         mask = jnp.concatenate([mask, keep.mask_BxT])
     (hidden, _), sown = decoder.apply(
-        params, tokens, mask, probe=task.probe, mutable=["intermediates"]
+        {"params": params}, tokens, mask, probe=task.probe, mutable=["intermediates"]
     )
     B = b.tokens_BxT.shape[0]
     cosine_NxBxT = collect(sown["intermediates"], decoder.segments, "cosine")[:, :B]
 
-    def logits(hidden_xD: jax.Array) -> Any:
-        return decoder.apply(params, hidden_xD, method="logits")
-
+    logits = functools.partial(unembed, decoder, params)
     at_label = losses.take(hidden[:B], b.at_BxL)
     out = [
         losses.token_loss(logits, at_label, b.target_BxLxC, b.weight_BxLxC),
