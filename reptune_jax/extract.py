@@ -5,8 +5,23 @@
 Writes `vector.safetensors` and `targets.jsonl` into the work folder; skips what is there.
 """
 
+import sys
+import types
+from typing import Any
+
 from reptune_jax import program
+from reptune_jax.vectors import pairs
 from reptune_jax.vectors.extraction import run
+
+
+class _Callable(types.ModuleType):
+    """Importing this module puts it where the function `reptune_jax.extract` was: it is both."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return pairs.extract(*args, **kwargs)
+
 
 if __name__ == "__main__":
     program.main(run, __doc__)
+else:
+    sys.modules[__name__].__class__ = _Callable

@@ -41,3 +41,11 @@ def test_an_unknown_run_is_answered_with_those_that_are_there(tmp_path: Path) ->
     (tmp_path / "dual+_s0" / "checkpoints").mkdir(parents=True)
     with pytest.raises((ValueError, FileNotFoundError), match=r"dual\+_s0"):
         chat.find_run(tmp_path, "dual-_s7")
+
+
+def test_the_program_module_does_not_hide_the_function_of_its_name() -> None:
+    import reptune_jax as rt
+    import reptune_jax.extract
+
+    with pytest.raises(ValueError, match="method: got 'none'"):
+        rt.extract(None, [], method="none")

@@ -60,7 +60,7 @@ def settings(model: Path, behavior: Path, **changes) -> ConfigDict:
     c.train.steps, c.train.batch, c.train.lr = 6, 2, 3e-3
     c.train.warmup, c.train.decay = 0, "none"  # then runs of any length are one program
     c.train.log_every, c.train.eval_every, c.train.patience = 1, 2, 0
-    c.train.measure_every = 2
+    c.train.measure_every = 1
     c.train.retain_batch, c.train.retain_positions = 2, 8
     c.steer.layers, c.steer.doses, c.steer.documents = (1, 2), (0.5,), 1
     c.eval.new_tokens, c.eval.batch = 4, 4
