@@ -38,24 +38,26 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def quick(c: ConfigDict) -> ConfigDict:
     """Fewer prompts, documents, arms and seeds."""
-    c.vector.pairs = 32
+    c.vector.pairs = 24
     c.vector.answer_tokens = 24
-    c.targets.prompts = 72
-    c.targets.keep = 0.75
-    c.train.steps = 16
+    c.targets.prompts = 48
+    c.targets.keep = 1.0
+    c.train.steps = 12
+    c.train.batch = 4
     c.train.warmup = 2
-    c.train.eval_every = 16
-    c.train.measure_every = 15
+    c.train.eval_every = 12
+    c.train.measure_every = 0
     c.steer.layers = (15, 20)
-    c.steer.doses = (0.5, 1.0, 2.0)
+    c.steer.doses = (1.0, 2.0)
     c.steer.documents = 4
-    c.eval.prompts = 40
-    c.eval.val_prompts = 16
-    c.eval.ood_prompts = 8
+    c.steer.max_kl = 0.0
+    c.eval.splits = ("test",)
+    c.eval.prompts = 24
+    c.eval.val_prompts = 12
     c.eval.documents = 8
     c.eval.personas = 1
     c.eval.new_tokens = 24
-    c.eval.batch = 40
+    c.eval.batch = 24
     c.study.arms = ("base", "prompt", "steer", "token", "dual", "random")
     c.study.seeds = (0,)
     return c

@@ -145,13 +145,14 @@ def _steer() -> ConfigDict:
     c.layers = (10, 15, 20)
     c.doses = (0.5, 1.0, 2.0)
     c.documents = 8  # neutral documents on which the sweep's KL is measured
-    c.max_kl = 0.1  # nats/token on neutral prose that the free choice may cost
+    c.max_kl = 0.1  # KL on neutral prose that the free choice may cost; 0 = no such choice
     return c
 
 
 def _eval() -> ConfigDict:
     """How much is measured, and how."""
     c = ConfigDict()
+    c.splits = ("test", "ood")  # behavior is measured on these
     c.prompts = 0  # test prompts, 0 = all
     c.val_prompts = 0
     c.ood_prompts = 0

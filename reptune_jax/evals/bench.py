@@ -39,9 +39,9 @@ class Bench:
         return select(self.items, split=split, format="free")[: limit or None]
 
     def rows(self, cond: Condition) -> list[Row]:
-        """Behavior on test and ood, retention on neutral text, cosines."""
+        """Behavior on `eval.splits`, retention on neutral text, cosines."""
         program.say(f"measuring {cond.title}")
-        rows = self.behavior(cond, "test") + self.behavior(cond, "ood")
+        rows = [row for split in self.c.eval.splits for row in self.behavior(cond, split)]
         rows += scoring.retention_rows(self.c, cond, self.texts)
         probes = self.prompts("test")[:_HEAT_MAP_ITEMS]
         return rows + scoring.cosine_rows(self.c, cond, self.vector, probes)

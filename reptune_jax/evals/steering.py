@@ -40,7 +40,12 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     for sign in c.study.signs:
         cells, found = sweep(bench, sign)
         rows += found
-        budgets = {"free": c.steer.max_kl, "equal KL": dual_kl(workdir, sign)}
+        budgets = {"free": c.steer.max_kl or None, "equal KL": dual_kl(workdir, sign)}
+        if not any(budgets.values()):
+            raise ValueError(
+                "steer.max_kl: got 0 and found no tuned dual run to be equal to, expected one of the "
+                "two. Set it, or tune and evaluate `dual` first."
+            )
         chosen = {}
         for name, budget in budgets.items():
             if budget is not None:

@@ -15,6 +15,7 @@ from reptune_jax.tuning.loop import Corpus
 from reptune_jax.vectors import extraction
 
 _BUCKET = 16
+_keeps: dict[tuple, Keep] = {}
 
 
 def make_corpus(c: ConfigDict, workdir: Path, model: Model) -> Corpus:
@@ -70,6 +71,10 @@ def _claim_examples(
 
 
 def _keep(c: ConfigDict, model: Model, split: str, T: int) -> Keep:
-    rows = retention.prose_rows(model, split, T)
-    rows += retention.chat_rows(model, split, c.eval.new_tokens)
-    return retention.make_keep(model, rows, T, c.train.retain_positions)
+    """Retention rows; the runs of a study share them, and reading them costs tens of seconds."""
+    key = (model.sha, model.dtype.name, split, T, c.eval.new_tokens, c.train.retain_positions)
+    if key not in _keeps:
+        rows = retention.prose_rows(model, split, T)
+        rows += retention.chat_rows(model, split, c.eval.new_tokens)
+        _keeps[key] = retention.make_keep(model, rows, T, c.train.retain_positions)
+    return _keeps[key]
