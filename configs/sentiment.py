@@ -47,14 +47,15 @@ def quick(c: ConfigDict) -> ConfigDict:
     c.train.warmup = 2
     c.train.eval_every = 12
     c.train.measure_every = 0
-    c.steer.layers = (15, 20)
+    c.steer.layers = (20,)
     c.steer.doses = (1.0, 2.0)
     c.steer.documents = 4
     c.steer.max_kl = 0.0
     c.eval.splits = ("test",)
     c.eval.prompts = 24
     c.eval.val_prompts = 12
-    c.eval.documents = 8
+    c.eval.documents = 5
+    c.eval.heat_map = 8
     c.eval.personas = 1
     c.eval.new_tokens = 24
     c.eval.batch = 24

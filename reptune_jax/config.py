@@ -159,6 +159,7 @@ def _eval() -> ConfigDict:
     c.claims = 0
     c.templates = ("truefalse", "lettered")  # how claims are asked
     c.documents = 0  # neutral documents, 0 = all
+    c.heat_map = 24  # test prompts whose cosines are averaged
     c.personas = 5  # system prompts tried on validation for the prompt arm
     c.new_tokens = 32
     c.batch = 32

@@ -15,8 +15,6 @@ from reptune_jax.lm import Model
 from reptune_jax.vectors import extraction
 from reptune_jax.vectors.steering_vector import SteeringVector
 
-_HEAT_MAP_ITEMS = 24  # prompts whose cosines are averaged
-
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
@@ -43,7 +41,7 @@ class Bench:
         program.say(f"measuring {cond.title}")
         rows = [row for split in self.c.eval.splits for row in self.behavior(cond, split)]
         rows += scoring.retention_rows(self.c, cond, self.texts)
-        probes = self.prompts("test")[:_HEAT_MAP_ITEMS]
+        probes = self.prompts("test")[: self.c.eval.heat_map]
         return rows + scoring.cosine_rows(self.c, cond, self.vector, probes)
 
     def behavior(self, cond: Condition, split: str) -> list[Row]:

@@ -43,8 +43,8 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
         budgets = {"free": c.steer.max_kl or None, "equal KL": dual_kl(workdir, sign)}
         if not any(budgets.values()):
             raise ValueError(
-                "steer.max_kl: got 0 and found no tuned dual run to be equal to, expected one of the "
-                "two. Set it, or tune and evaluate `dual` first."
+                "steer.max_kl: got 0 and found no tuned dual run to be equal to, expected one of "
+                "the two. Set it, or tune and evaluate `dual` first."
             )
         chosen = {}
         for name, budget in budgets.items():
@@ -94,11 +94,11 @@ def choose(cells: list[Cell], budget: float) -> tuple[int, float]:
         doses = np.array([0.0] + [c.dose for c in own])
         kls = np.maximum.accumulate([0.0] + [c.kl for c in own])
         effects = np.array([-np.inf] + [c.effect for c in own])
-        effects[0] = min(effects[1:])  # undosed: no better than the weakest swept dose
+        effects[0] = effects[1]  # below the smallest swept dose its effect is an upper bound
         grid = np.linspace(0, doses[-1], 401)
         grid = grid[np.interp(grid, doses, kls) <= budget]
         effect = np.interp(grid, doses, effects)
-        i = int(np.argmax(effect))
+        i = len(effect) - 1 - int(np.argmax(effect[::-1]))  # of equals, the largest dose
         if best is None or effect[i] > best[0]:
             best = float(effect[i]), layer, round(float(grid[i]), 3)
     assert best is not None
