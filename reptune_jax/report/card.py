@@ -1,5 +1,7 @@
 """The model card of an exported checkpoint: provenance, what it does, what it costs."""
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from reptune_jax.report import tables
@@ -36,13 +38,15 @@ Intervals are 95 % bootstrap intervals over prompts. Made with reptune_jax.
 def model_card(c: ConfigDict, study: Study) -> str:
     """For the run that the config names, with its numbers from the study's results."""
     cond = Condition(c.arm, c.sign)
+    # A local path means nothing to who downloads the model, and says where it was made.
+    name = Path(c.model).name if Path(c.model).exists() else c.model
     measure, effect = study.primary, "not measured"
     if measure is not None:
         found = interval(study.delta(cond, BASE, measure, "test"))
         effect = tables.interval(found)
     return _TEMPLATE.format(
-        model=c.model,
-        title=f"{c.model.rsplit('/', 1)[-1]}, {c.behavior} {'+' if c.sign > 0 else '-'}",
+        model=name,
+        title=f"{name.rsplit('/', 1)[-1]}, {c.behavior} {'+' if c.sign > 0 else '-'}",
         direction="toward" if c.sign > 0 else "away from",
         behavior=c.behavior,
         arm=c.arm,
