@@ -2,7 +2,7 @@
 
     python -m reptune_jax.study --config=configs/sentiment.py --workdir=runs/sentiment
 
-`configs/sentiment.py:quick` is the quickstart: cut down for two CPU cores; README says what it took.
+`configs/sentiment.py:quick` is the quickstart, cut down for two CPU cores.
 """
 
 from ml_collections import ConfigDict
