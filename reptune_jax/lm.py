@@ -26,6 +26,7 @@ from reptune_jax.model import arch as archs
 from reptune_jax.model import decode
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Steer
+from reptune_jax.model.prefix import Prefix, apply_after, shared_length
 from reptune_jax.model.transformer import Decoder, collect, init_cache, unembed, whole
 
 _BUCKET = 16  # token lengths are rounded up to this, so that few shapes are compiled
@@ -184,14 +185,17 @@ class Model:
         out: list[tuple[float, bool]] = [(0.0, False)] * len(ids)
         size = max(1, min(batch_size, len(ids)))
         for rows in batches_by_length([len(i) for i in ids], size):
-            tokens, mask = pad([ids[r] for r in rows], self.pad_id, left=False, rows=size)
-            starts_B = np.resize([starts[r] for r in rows], len(tokens)).astype(np.int32)
+            batch, starts_B = [ids[r] for r in rows], np.array([starts[r] for r in rows], np.int32)
+            # Up to the token before the first scored one, whose hidden state predicts it.
+            prefix, P = self.split_prefix(batch, int(starts_B.min()) - 1, steer)
+            tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)
             logp_B, greedy_B = _score(
                 self.decoder,
                 self.params,
+                prefix,
                 jnp.asarray(tokens),
                 jnp.asarray(mask),
-                jnp.asarray(starts_B),
+                jnp.asarray(np.resize(starts_B - P, len(tokens))),
                 as_steer(steer, self.arch, *tokens.shape),
                 L=-(-max(len(ids[r]) - starts[r] for r in rows) // _BUCKET) * _BUCKET,
             )
@@ -213,12 +217,23 @@ class Model:
         out_IxC = np.zeros(candidates_IxC.shape, np.float32)
         size = max(1, min(batch_size, len(prompts)))
         for rows in batches_by_length([len(p) for p in prompts], size):
-            tokens, mask = pad([prompts[r] for r in rows], self.pad_id, left=True, rows=size)
+            batch = [prompts[r] for r in rows]
+            prefix, P = self.split_prefix(batch, min(map(len, batch)) - 1, steer)
+            tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)
             candidates_BxC = candidates_IxC[np.resize(rows, len(tokens))]
             steer_B = as_steer(steer, self.arch, *tokens.shape)
-            logp = _next(self.decoder, self.params, tokens, mask, candidates_BxC, steer_B)
+            logp = _next(self.decoder, self.params, prefix, tokens, mask, candidates_BxC, steer_B)
             out_IxC[rows] = np.asarray(logp)[: len(rows)]
         return out_IxC
+
+    def split_prefix(
+        self, rows: Sequence[list[int]], most: int, steer: Steerable | None = None
+    ) -> tuple[Prefix | None, int]:
+        """What the rows begin with together (at most `most` tokens), and its length."""
+        P = shared_length(rows, most)
+        if P == 0:
+            return None, 0
+        return Prefix(np.array([rows[0][:P]], np.int32), as_steer(steer, self.arch, 1, P)), P
 
     @property
     def pad_id(self) -> int:
@@ -358,9 +373,9 @@ def _forward(decoder, params, tokens_BxT, mask_BxT, steer, *, capture):
 
 
 @partial(jax.jit, static_argnames=("decoder", "L"))
-def _score(decoder, params, tokens_BxT, mask_BxT, start_B, steer, *, L):
+def _score(decoder, params, prefix, tokens_BxT, mask_BxT, start_B, steer, *, L):
     """Summed log-probability of the tokens from `start_B` on, and whether each is the argmax."""
-    hidden, _ = decoder.apply({"params": params}, tokens_BxT, mask_BxT, steer=steer)
+    hidden, _ = apply_after(decoder, params, prefix, tokens_BxT, mask_BxT, steer=steer)
     at_BxL = start_B[:, None] + jnp.arange(L)
     real_BxL = at_BxL < mask_BxT.sum(axis=1, keepdims=True)
     at_BxL = jnp.minimum(at_BxL, tokens_BxT.shape[1] - 1)
@@ -379,8 +394,10 @@ def _score(decoder, params, tokens_BxT, mask_BxT, start_B, steer, *, L):
 
 
 @partial(jax.jit, static_argnames=("decoder",))
-def _next(decoder, params, tokens_BxT, mask_BxT, candidates_BxC, steer):
-    """Left-padded prompts: the last column predicts the next token of every row."""
-    hidden, _ = decoder.apply({"params": params}, tokens_BxT, mask_BxT, steer=steer)
-    logits_BxV = unembed(decoder, params, hidden[:, -1])
+def _next(decoder, params, prefix, tokens_BxT, mask_BxT, candidates_BxC, steer):
+    """The last real token of every row predicts its next one."""
+    hidden, _ = apply_after(decoder, params, prefix, tokens_BxT, mask_BxT, steer=steer)
+    last_B = mask_BxT.sum(axis=1) - 1
+    hidden_BxD = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)[:, 0]
+    logits_BxV = unembed(decoder, params, hidden_BxD)
     return jnp.take_along_axis(jax.nn.log_softmax(logits_BxV, axis=-1), candidates_BxC, axis=1)

@@ -29,6 +29,7 @@ def make_corpus(c: ConfigDict, workdir: Path, model: Model) -> Corpus:
                 f"behavior {c.behavior}: got no example of split {split!r}, expected free prompts "
                 "or claims. Add some."
             )
+    val = val[: c.train.val_rows or None]
     T = -(-max(len(e.ids) for e in train + val) // _BUCKET) * _BUCKET
     rows = [stack_examples(e, model.pad_id, T) for e in (train, val)]
     keeps = [_keep(c, model, split, T) if c.loss.retain else None for split in ("train", "val")]

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from reptune_jax.lm import Model, batches_by_length, pad
+from reptune_jax.model.prefix import apply_after
 from reptune_jax.model.transformer import Decoder, collect
 
 
@@ -26,11 +27,12 @@ class Span(NamedTuple):
 
 def read_batch(model: Model, spans: Sequence[Span], rows: int) -> jax.Array:
     """Each span's mean residual at every layer, float32 [N, len(spans), D]; padded to `rows`."""
-    tokens, mask = pad([s.ids for s in spans], model.pad_id, left=False, rows=rows)
+    prefix, P = model.split_prefix([s.ids for s in spans], min(s.start for s in spans))
+    tokens, mask = pad([s.ids[P:] for s in spans], model.pad_id, left=False, rows=rows)
     weight_Bx1xT = np.zeros((len(tokens), 1, tokens.shape[1]), np.float32)
     for b, s in enumerate(spans):
-        weight_Bx1xT[b, 0, s.start : s.stop] = 1 / (s.stop - s.start)
-    return _read(model.decoder, model.params, tokens, mask, weight_Bx1xT)[:, : len(spans)]
+        weight_Bx1xT[b, 0, s.start - P : s.stop - P] = 1 / (s.stop - s.start)
+    return _read(model.decoder, model.params, prefix, tokens, mask, weight_Bx1xT)[:, : len(spans)]
 
 
 class Sums(NamedTuple):
@@ -65,9 +67,15 @@ def sum_pairs(
 
 
 @partial(jax.jit, static_argnames=("decoder",))
-def _read(decoder: Decoder, params, tokens_BxT, mask_BxT, weight_Bx1xT):
-    _, sown = decoder.apply(
-        {"params": params}, tokens_BxT, mask_BxT, read_BxPxT=weight_Bx1xT, mutable=["intermediates"]
+def _read(decoder: Decoder, params, prefix, tokens_BxT, mask_BxT, weight_Bx1xT):
+    _, sown = apply_after(
+        decoder,
+        params,
+        prefix,
+        tokens_BxT,
+        mask_BxT,
+        read_BxPxT=weight_Bx1xT,
+        mutable=["intermediates"],
     )
     return collect(sown["intermediates"], decoder.segments, "read")[:, :, 0]
 
