@@ -34,7 +34,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.val_rows = 24
     c.steer.layers = (15, 20)
     c.eval.splits = ("test",)
-    c.eval.prompts = 120
     c.eval.val_prompts = 48
     c.eval.documents = 12
     c.eval.heat_map = 12
@@ -50,7 +49,7 @@ def quick(c: ConfigDict) -> ConfigDict:
     """Fewer prompts, documents, arms and seeds."""
     c.vector.pairs = 24
     c.vector.answer_tokens = 24
-    c.targets.prompts = 48
+    c.targets.prompts = 64
     c.targets.keep = 1.0
     c.train.steps = 12
     c.train.batch = 4
