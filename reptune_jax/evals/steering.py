@@ -86,7 +86,8 @@ def sweep(bench: Bench, sign: int) -> tuple[list[Cell], list[Row]]:
 def choose(cells: list[Cell], budget: float) -> tuple[int, float]:
     """The layer, and the dose at which its KL meets the budget, with the largest effect.
 
-    KL and effect are interpolated linearly in the dose between swept points, from (0, 0 KL).
+    Between swept points the effect is interpolated linearly in the dose, and so is the root of KL,
+    which for small doses grows with their square; from (0, 0 KL).
     """
     best: tuple[float, int, float] | None = None
     for layer in sorted({cell.layer for cell in cells}):
@@ -96,7 +97,7 @@ def choose(cells: list[Cell], budget: float) -> tuple[int, float]:
         effects = np.array([-np.inf] + [c.effect for c in own])
         effects[0] = effects[1]  # below the smallest swept dose its effect is an upper bound
         grid = np.linspace(0, doses[-1], 401)
-        grid = grid[np.interp(grid, doses, kls) <= budget]
+        grid = grid[np.interp(grid, doses, np.sqrt(kls)) ** 2 <= budget]
         effect = np.interp(grid, doses, effects)
         i = len(effect) - 1 - int(np.argmax(effect[::-1]))  # of equals, the largest dose
         if best is None or effect[i] > best[0]:
