@@ -22,8 +22,7 @@ from reptune_jax import mesh as meshes
 from reptune_jax.hub import export, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
-from reptune_jax.model import arch as archs
-from reptune_jax.model import decode
+from reptune_jax.model import attention, decode, families
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Steer
 from reptune_jax.model.prefix import Prefix, apply_after, shared_length
@@ -57,6 +56,7 @@ class Model:
     name: str
     dtype: Any
     stop_ids: tuple[int, ...]
+    spelling: weights.Spelling = weights.AS_TABLED
 
     @functools.cached_property
     def sha(self) -> str:
@@ -71,6 +71,18 @@ class Model:
     @property
     def decoder(self) -> Decoder:
         return whole(self.arch, self.dtype)
+
+    def kernel(self, padding: str) -> attention.Kernel:
+        """What computes attention best on this machine, in calls without a cache."""
+        device = jax.devices()[0]
+        return attention.choose(
+            self.arch,
+            device.platform,
+            self.dtype,
+            padding=padding,
+            hopper=float(getattr(device, "compute_capability", 0)) >= 9,
+            mesh=meshes.mesh_of(self.params),
+        )
 
     def forward(
         self,
@@ -240,7 +252,15 @@ class Model:
         pad = self.tokenizer.pad_token_id if self.tokenizer else None
         return next(iter(self.stop_ids), 0) if pad is None else pad
 
+    def _need_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name}: has no tokenizer, expected one for text. Use `generate_ids` and "
+                "`forward` with token ids, or add its files."
+            )
+
     def encode_prompt(self, prompt: str | list[dict[str, str]], chat: bool = True) -> list[int]:
+        self._need_tokenizer()
         if isinstance(prompt, str) and not chat:
             return self.tokenizer.encode(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -250,6 +270,7 @@ class Model:
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Joint ids and the index of the continuation's first token (by character offset)."""
+        self._need_tokenizer()
         encoded = self.tokenizer(
             context + continuation, return_offsets_mapping=True, add_special_tokens=False
         )
@@ -276,6 +297,7 @@ def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) ->
     """Loads a Hugging Face folder, a hub id, or a `.gguf` file. Needs no torch.
 
     `dtype` is both storage and compute; by default float32 on CPU, bfloat16 on accelerators.
+    Without tokenizer files `tokenizer` is None, and what takes text says so.
 
     Raises:
       ValueError, FileNotFoundError: one message naming what is missing, unknown or mis-shaped.
@@ -283,14 +305,23 @@ def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) ->
     dtype = jnp.dtype(dtype or default_dtype())
     source = sources.open_source(name)
     try:
-        arch = archs.from_config(source.config)
+        arch = families.from_config(source.config)
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from None
     if source.tokenizer is not None:
         tokenizers.check_vocabulary(source.tokenizer, arch.V)
     host = weights.load_params(source, arch, dtype)
     params = meshes.put_params(host, mesh)
-    return Model(arch, params, source.tokenizer, dict(source.config), name, dtype, source.eos_ids)
+    return Model(
+        arch,
+        params,
+        source.tokenizer,
+        dict(source.config),
+        name,
+        dtype,
+        source.eos_ids,
+        weights.spelling(source, arch),
+    )
 
 
 def save_hf(model: Model, folder: str | os.PathLike[str], card: str = "") -> Path:
@@ -303,6 +334,7 @@ def save_hf(model: Model, folder: str | os.PathLike[str], card: str = "") -> Pat
         model.tokenizer,
         {"eos_token_id": list(model.stop_ids) or None, "pad_token_id": model.pad_id},
         card or f"# {Path(folder).name}\n\nExported from {model.name} by reptune_jax.\n",
+        model.spelling,
     )
 
 

@@ -18,13 +18,14 @@ BATCH = PartitionSpec(("data", "fsdp"))
 # path -> layout of the unstacked leaf; a stacked layer axis in front is never split
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(embed|head)/embedding$", PartitionSpec("tensor", "fsdp")),  # [V, D]
+    (r"positions/embedding$", PartitionSpec(None, "fsdp")),  # [positions, D]
     (r"attn/[qkv]/kernel$", PartitionSpec("fsdp", "tensor", None)),  # [D, H, Dh]
     (r"attn/[qkv]/bias$", PartitionSpec("tensor", None)),  # [H, Dh]
     (r"attn/o/kernel$", PartitionSpec("tensor", None, "fsdp")),  # [H, Dh, D]
     (r"mlp/(gate|up)/kernel$", PartitionSpec("fsdp", "tensor")),  # [D, F]
     (r"mlp/(gate|up)/bias$", PartitionSpec("tensor")),  # [F]
     (r"mlp/down/kernel$", PartitionSpec("tensor", "fsdp")),  # [F, D]
-    (r"(scale|attn/o/bias|mlp/down/bias)$", PartitionSpec(None)),  # [D]
+    (r"(scale|norm/bias|attn/o/bias|mlp/down/bias)$", PartitionSpec(None)),  # [D], [Dh], [H*Dh]
 )
 
 
@@ -80,6 +81,12 @@ def put_params(host: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
             for path, leaf in flat.items()
         }
     return traverse_util.unflatten_dict(placed, sep="/")
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that weights were put on, if any."""
+    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:

@@ -74,6 +74,7 @@ def load_model(c: ConfigDict) -> Model:
         raise ValueError(f"{c.model}: has no tokenizer, expected a chat model. Add its files.")
     took = time.monotonic() - began
     say(f"model: {c.model} ({model.arch.family}, {model.dtype}) in {took:.1f} s")
+    say(f"attention: {model.kernel('right')} in training, {model.kernel('any')} elsewhere")
     return model
 
 

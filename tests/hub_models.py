@@ -45,7 +45,8 @@ def make_model(family: str, **changes: object):
     import torch
     import transformers
 
-    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family](
+    config = transformers.AutoConfig.for_model(
+        family,
         **{
             "vocab_size": 300,
             "hidden_size": 32,
@@ -58,7 +59,7 @@ def make_model(family: str, **changes: object):
             "bos_token_id": 1,
             "tie_word_embeddings": False,
             **changes,
-        }
+        },
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -88,13 +89,23 @@ _GGUF_NAMES = {
 }
 
 
-def gguf_name(name: str) -> str:
+_GGUF_GEMMA3 = {
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+
+
+def gguf_name(name: str, family: str = "llama") -> str:
     """HF tensor name -> GGUF's, spelled out independently of the reader."""
+    names = _GGUF_NAMES | (_GGUF_GEMMA3 if family == "gemma3" else {})
     part, leaf = name.rsplit(".", 1)
     if not part.startswith("model.layers."):
-        return f"{_GGUF_NAMES[part]}.{leaf}"
+        return f"{names[part]}.{leaf}"
     layer, rest = part.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{_GGUF_NAMES[rest]}.{leaf}"
+    return f"blk.{layer}.{names[rest]}.{leaf}"
 
 
 def to_llama_cpp_rotary(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -114,7 +125,7 @@ def write_gguf(
 ) -> Path:
     """Writes `model` as llama.cpp's converter would; `extra` are keys below the architecture."""
     c = model.config
-    family = c.model_type
+    family = c.model_type.removesuffix("_text")
     arch = arch or family
     writer = gguf.GGUFWriter(path, arch)
     fields: dict[str, object] = {
@@ -125,12 +136,14 @@ def write_gguf(
         "attention.head_count": c.num_attention_heads,
         "attention.head_count_kv": c.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
-        "rope.freq_base": float(c.rope_parameters["rope_theta"]),
+        "rope.freq_base": float(_full_attention(c)["rope_theta"]),
         **(extra or {}),
     }
+    if family == "gemma3":
+        fields |= {"attention.sliding_window": c.sliding_window, "attention.key_length": c.head_dim}
     for key, value in fields.items():
         _add(writer, f"{arch}.{key}", value)
-    pre = {"llama": "smollm", "qwen2": "qwen2"}[family]
+    pre = "qwen2" if family == "qwen2" else "smollm"
     for key, value in (metadata or tokenizer_metadata(pre)).items():
         _add(writer, key, value)
     for name, weight in weights_of(model).items():
@@ -138,7 +151,9 @@ def write_gguf(
         part = name.split(".")[-2]
         if family == "llama" and part in heads:
             weight = to_llama_cpp_rotary(weight, heads[part])
-        _add_tensor(writer, gguf_name(name), weight, quantized)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            weight = weight + 1
+        _add_tensor(writer, gguf_name(name, family), weight, quantized)
     for name, weight in (tensors or {}).items():
         writer.add_tensor(name, weight)
     writer.write_header_to_file()
@@ -146,6 +161,10 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _full_attention(config) -> dict:
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:

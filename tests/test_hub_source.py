@@ -1,5 +1,6 @@
 """Model names -> config and tensors: HF folders, GGUF files, the hub, and what is refused."""
 
+import dataclasses
 import json
 import struct
 
@@ -14,6 +15,7 @@ from reptune_jax.hub.gguf_io import read_gguf
 from reptune_jax.hub.safetensors_io import read_tensors, save_tensors
 from reptune_jax.hub.source import open_source
 from reptune_jax.hub.tokenizer import gguf_tokenizer
+from reptune_jax.model import families
 from tests.hub_models import make_model, tokenizer_metadata, weights_of, write_gguf
 from tests.tiny import smollm2_path
 
@@ -337,6 +339,20 @@ def test_qwen2_gguf_is_tied_and_not_permuted(qwen2, tmp_path):
     assert gguf_file.config["tie_word_embeddings"] is True
 
 
+def test_gemma3_gguf_norms_lose_their_one_and_rows_stay(tmp_path):
+    model = make_model("gemma3_text", num_hidden_layers=7, tie_word_embeddings=True, head_dim=16)
+    gguf_file = read_gguf(write_gguf(tmp_path / "m.gguf", model))
+    expected = weights_of(model)
+    assert gguf_file.tensors.keys() == expected.keys()
+    for name, array in expected.items():
+        got = gguf_file.tensors[name].read()
+        np.testing.assert_allclose(got, array, atol=2e-7 if "norm" in name else 0, err_msg=name)
+    theirs, ours = families.from_config(model.config.to_dict()), gguf_file.config
+    same = dataclasses.replace(families.from_config(ours), scale=theirs.scale, norm_eps=1e-6)
+    assert same == theirs
+    assert (ours["query_pre_attn_scalar"], ours["sliding_window"]) == (16, 4096)
+
+
 def test_quantized_gguf_is_within_a_step_of_the_model(llama, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", llama, quantized=True)
     assert "Q8_0" in {info.kind.name for info in read_header(path).tensors.values()}
@@ -420,8 +436,10 @@ def test_gguf_of_another_arithmetic_is_refused(llama, tmp_path, extra, message):
 
 
 def test_gguf_with_unknown_architecture_tensors_or_parts(llama, tmp_path):
-    path = write_gguf(tmp_path / "a.gguf", llama, arch="gemma3")
-    with pytest.raises(ValueError, match="got architecture 'gemma3', expected one of llama, qwen2"):
+    path = write_gguf(tmp_path / "a.gguf", llama, arch="gemma3n")
+    with pytest.raises(
+        ValueError, match="got architecture 'gemma3n', expected one of llama, qwen2"
+    ):
         open_source(path)
     extra = {"blk.0.ffn_gate_exps.weight": np.ones((2, 32), np.float32)}
     path = write_gguf(tmp_path / "b.gguf", llama, tensors=extra)

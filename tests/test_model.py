@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import reptune_jax as rt
 from reptune_jax.hub import weights
-from reptune_jax.model import arch as archs
-from reptune_jax.model import attention
+from reptune_jax.model import families, rope
 from reptune_jax.model.intervene import Probe
 from reptune_jax.model.transformer import Decoder, collect, whole
 from tests import tiny
@@ -103,7 +102,7 @@ def test_positions_beyond_4096(rope, tmp_path):
 
 def test_scaled_positions_are_not_the_plain_ones():
     plain, linear, llama3 = (
-        attention.rope_frequencies(archs.read_rope({"rope_parameters": r}), 16)
+        rope.rope_frequencies(families.read_rope({"rope_parameters": r}), 16)
         for r in ({"rope_theta": 1e4}, tiny.LINEAR_ROPE, tiny.LLAMA3_ROPE)
     )
     np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)

@@ -1,11 +1,15 @@
 """Tokenizers from GGUF metadata, chat texts, and positions found by content."""
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 from tokenizers import processors
 
 from reptune_jax.hub import tokenizer as tk
 from reptune_jax.hub.gguf_header import read_header
+from tests import tiny
 from tests.hub_models import tokenizer_metadata
 from tests.tiny import smollm2_path
 
@@ -100,6 +104,74 @@ def test_bos_is_added_only_where_the_file_says_so(tok):
 def test_other_vocabularies_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tk.gguf_tokenizer(tokenizer_metadata(**changes))
+
+
+def sentencepiece(text, tokens, scores, kinds):
+    """SentencePiece's BPE, spelled out: defined pieces first, then always the best pair."""
+    defined = sorted((t for t, k in zip(tokens, kinds, strict=True) if k == 4), key=len)[::-1]
+    pattern = "|".join(map(re.escape, defined))
+    best = {t: s for t, s, k in zip(tokens, scores, kinds, strict=True) if k == 1}
+    out = []
+    for part in re.split(f"({pattern})", text) if pattern else [text]:
+        symbols = [part] if part in defined else list(part.replace(" ", "▁"))
+        while part not in defined:
+            pairs = [
+                (best[a + b], -i)
+                for i, (a, b) in enumerate(itertools.pairwise(symbols))
+                if a + b in best
+            ]
+            if not pairs:
+                break
+            i = -max(pairs)[1]
+            symbols[i : i + 2] = ["".join(symbols[i : i + 2])]
+        for s in symbols:
+            known = s in best or s in defined
+            out += [s] if known else [f"<0x{b:02X}>" for b in s.encode()]
+    return [tokens.index(s) for s in out if s]
+
+
+SPACED = [
+    "the cat  sat on the mat\n\nand then\nsaid: héllo 🙂",
+    "  <table>the</table> them other  there",
+    "ththth aatt",
+]
+
+
+def test_gemmas_vocabulary_gives_sentencepieces_ids():
+    words = ["th", "at", "▁t", "the", "▁th", "▁the", "er", "▁a", "▁s", "an", "and", "ther", "▁▁"]
+    letters = sorted(set("".join(SPACED).replace(" ", "▁")) - set("🙂\né"))
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "\n\n", "\n", "  ", "<table>", "</table>"]
+    kinds = [3] * 4 + [4] * 5 + [6] * 256 + [1] * (len(words) + len(letters))
+    tokens += [f"<0x{b:02X}>" for b in range(256)] + words + letters
+    scores = [-1000.0] * 9 + [0.0] * 256 + [-float(i) for i in range(len(words) + len(letters))]
+    fields = {"model": "llama", "pre": "default", "add_space_prefix": False, "merges": None}
+    fields |= {"tokens": tokens, "scores": scores, "token_type": kinds, "add_bos_token": True}
+    fields |= {"bos_token_id": 2, "eos_token_id": 1, "padding_token_id": 0, "unknown_token_id": 3}
+    tokenizer = tk.gguf_tokenizer(tokenizer_metadata(**fields))
+    for text in SPACED:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == sentencepiece(text, tokens, scores, kinds)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("the")[0] == 2
+    with pytest.raises(ValueError, match="scores: got scores that rise"):
+        tk.gguf_tokenizer(tokenizer_metadata(**{**fields, "scores": [-s for s in scores]}))
+
+
+@pytest.mark.slow
+def test_the_real_gemma_vocabulary_gives_sentencepieces_ids():
+    path = tiny.real_gguf("gemma-3-270m-*.gguf")
+    if path is None:
+        pytest.skip("no gemma-3-270m GGUF here")
+    metadata = read_header(path).metadata
+    tokenizer = tk.gguf_tokenizer(metadata)
+    fields = [metadata[f"tokenizer.ggml.{k}"] for k in ("tokens", "scores", "token_type")]
+    for text in [
+        *SPACED,
+        "Internationalization, 12345 tests;\tdef f(x):\n    return x**2  # 你好世界",
+    ]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == sentencepiece(text, *fields)
+        assert tokenizer.decode(ids) == text
 
 
 def test_vocabulary_larger_than_the_embedding_is_refused(tok):

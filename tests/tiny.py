@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -72,6 +74,95 @@ VARIANTS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
 }
 
 
+def make_family(
+    tmp: str | os.PathLike, name: str, seed: int = 0, bos: bool = False, **overrides: Any
+) -> Path:
+    """A random model of FAMILIES, its family's peculiarities switched on, saved in `tmp`."""
+    kind, quirks = FAMILIES[name]
+    shape = {**_shape(bos), "num_hidden_layers": 3}
+    for key, theirs in {"gpt2": _GPT2_KEYS, "gpt_neox": _NEOX_KEYS}.get(kind, {}).items():
+        shape[theirs] = shape.pop(key)
+    for key in _LACKS.get(kind, ()):
+        del shape[key]
+    config = AutoConfig.for_model(kind, **{**shape, **quirks, **overrides})
+    return _save(
+        AutoModelForCausalLM.from_config(config), tmp, seed, bos, mixed=config.tie_word_embeddings
+    )
+
+
+_GPT2_KEYS = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_LACKS = {
+    "gpt2": ("rope_parameters", "num_key_value_heads"),
+    "gpt_neox": ("num_key_value_heads",),
+}
+_NEOX_KEYS = {"rms_norm_eps": "layer_norm_eps"}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {**LINEAR_ROPE, "rope_theta": 50_000.0},
+}
+_NEOX = {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "hidden_act": "gelu"}
+
+# One random model a family, with what is peculiar to it: name -> (model_type, config). Windows are
+# shorter than the tests' rows, and rope contexts too; caps are low enough to bend what they cap.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("mistral", {"sliding_window": 12, "head_dim": 24}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 24, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 12,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 4.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 12,
+            "num_hidden_layers": 7,  # its pattern: five with a window, one without
+            "rope_parameters": _GEMMA3_ROPE,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "phi3": (
+        "phi3",
+        {"sliding_window": 12, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "gpt2": ("gpt2", {"tie_word_embeddings": True}),
+    "gpt_neox": ("gpt_neox", _NEOX),
+    "gpt_neox_serial": ("gpt_neox", {**_NEOX, "use_parallel_residual": False}),
+}
+
+
 def make_tokenizer(tmp: str | os.PathLike, bos: bool = False) -> Path:
     """A byte-level BPE of VOCAB tokens with a ChatML template, saved in `tmp`.
 
@@ -118,6 +209,11 @@ def smollm2_path() -> Path | None:
     return found[0] if found else None
 
 
+def real_gguf(pattern: str) -> Path | None:
+    """A real GGUF file from the user's cache, where there is one."""
+    return next(iter(sorted((Path.home() / ".cache").glob(f"*/{pattern}"))), None)
+
+
 def _shape(bos: bool) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB,
@@ -136,14 +232,22 @@ def _shape(bos: bool) -> dict[str, Any]:
     }
 
 
-def _save(model: Any, tmp: str | os.PathLike, seed: int, bos: bool) -> Path:
-    """Random weights that leave no term of the forward negligible: a dropped bias or norm shows."""
+def _save(model: Any, tmp: str | os.PathLike, seed: int, bos: bool, mixed: bool = False) -> Path:
+    """Random weights that leave no term of the forward negligible: a dropped bias or norm shows.
+
+    `mixed` gives the final norm scales of both signs: a tied model else repeats its last token.
+    """
+    plus_one = float(
+        "gemma" in model.config.model_type
+    )  # its norms multiply by one plus the weight
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw)
-        if "norm" in name:
-            value = 1 + 0.2 * noise
-        elif "embed" in name or "lm_head" in name:
+        if mixed and name.endswith(("model.norm.weight", "ln_f.weight")):
+            value = noise - plus_one
+        elif ("norm" in name or ".ln_" in name) and name.endswith("weight"):
+            value = 0.2 * noise + 1 - plus_one
+        elif any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
             value = 0.3 * noise  # logits spread by about 2.4, far from uniform
         else:
             value = 0.1 * noise

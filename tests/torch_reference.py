@@ -60,8 +60,9 @@ class Parts(NamedTuple):
 
 
 def blocks(hf_model: Any) -> Any:
-    """The decoder blocks, in order (llama and qwen2 alike)."""
-    return hf_model.model.layers
+    """The decoder blocks, in order."""
+    base = hf_model.base_model
+    return base.h if hasattr(base, "h") else base.layers
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ def save_folder(
     tokenizer: Any,
     generation: Mapping[str, Any],
     card: str,
+    spelling: weights.Spelling = weights.AS_TABLED,
 ) -> Path:
     """Writes config.json, safetensors, tokenizer and README.md (the model card); all or nothing.
 
@@ -34,7 +35,7 @@ def save_folder(
     try:
         _write_json(scratch / "config.json", config)
         _write_json(scratch / "generation_config.json", generation)
-        safetensors_io.save_tensors(scratch, weights.to_hf(params))
+        safetensors_io.save_tensors(scratch, weights.to_hf(params, config["model_type"], spelling))
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         (scratch / "README.md").write_text(card, encoding="utf-8")

@@ -1,7 +1,7 @@
 """GGUF weights and metadata under their Hugging Face names.
 
 Layouts: a GGUF tensor is stored (out, in), as HF's; llama-architecture q and k rows are in
-llama.cpp's rotary order and are put back.
+llama.cpp's rotary order and are put back; gemma3's norms have the 1 added that HF adds on the fly.
 """
 
 import logging
@@ -20,7 +20,12 @@ from reptune_jax.hub.safetensors_io import TensorHandle
 
 _log = logging.getLogger(__name__)
 
-_FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# GGUF architecture -> (HF model_type, class)
+_FAMILIES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -33,6 +38,14 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA3_LAYER = {
+    **_LAYER,
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -42,7 +55,7 @@ _PLAIN = {
 # metadata that changes the arithmetic in a way neither family knows -> the value that does not
 _REFUSED = {
     "attention.scale": None,
-    "attention.sliding_window": 0,
+    "attn_logit_softcapping": None,
     "embedding_scale": None,
     "expert_count": 0,
     "logit_scale": None,
@@ -85,15 +98,17 @@ def read_gguf(path: Path) -> GGUF:
             "Merge them with llama.cpp's `llama-gguf-split --merge`."
         )
     infos = {k: v for k, v in header.tensors.items() if k != "rope_freqs.weight"}
-    names = _hf_names(path, infos)
+    names = _hf_names(path, infos, _GEMMA3_LAYER if arch == "gemma3" else _LAYER)
     _check_quantizations(path, infos)
     config = _config(path, arch, header)
     tensors = {names[k]: _handle(k, v, header.data, arch, config) for k, v in infos.items()}
     return GGUF(config, tensors, header.metadata)
 
 
-def _hf_names(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    names = {name: _hf_name(name) for name in infos}
+def _hf_names(
+    path: Path, infos: Mapping[str, TensorInfo], parts: Mapping[str, str]
+) -> dict[str, str]:
+    names = {name: _hf_name(name, parts) for name in infos}
     if unknown := [name for name, hf in names.items() if hf is None]:
         raise ValueError(
             f"{path}: got {len(unknown)} tensors with no place in a dense decoder, such as "
@@ -102,10 +117,10 @@ def _hf_names(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     return {name: hf for name, hf in names.items() if hf is not None}
 
 
-def _hf_name(name: str) -> str | None:
+def _hf_name(name: str, parts: Mapping[str, str]) -> str | None:
     if match := _LAYER_NAME.fullmatch(name):
         layer, part, leaf = match.groups()
-        return f"model.layers.{layer}.{_LAYER[part]}.{leaf}" if part in _LAYER else None
+        return f"model.layers.{layer}.{parts[part]}.{leaf}" if part in parts else None
     part, _, leaf = name.rpartition(".")
     return f"{_TOP[part]}.{leaf}" if part in _TOP and leaf == "weight" else None
 
@@ -133,6 +148,8 @@ def _handle(
     if arch == "llama" and ".attn_k." in name:
         heads = config["num_key_value_heads"]
     dtype = _PLAIN.get(info.kind, np.dtype(np.float32))
+    if arch == "gemma3" and name.endswith("norm.weight"):
+        return TensorHandle(info.shape, dtype, lambda: _read(info, data, 0) - dtype.type(1))
     return TensorHandle(info.shape, dtype, lambda: _read(info, data, heads))
 
 
@@ -179,10 +196,10 @@ def _config(path: Path, arch: str, header: Header) -> dict[str, Any]:
         raise ValueError(f"{path}: got {rotary} rotary dims of {head_dim}, expected all of them.")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: token_embd.weight is missing. The file holds no language model.")
+    model_type, architecture = _FAMILIES[arch]
     config = {
-        "architectures": [_FAMILIES[arch]],
-        "model_type": arch,
-        "hidden_act": "silu",
+        "architectures": [architecture],
+        "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": _need(path, meta, f"{arch}.feed_forward_length"),
@@ -192,16 +209,56 @@ def _config(path: Path, arch: str, header: Header) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": _need(path, meta, f"{arch}.context_length"),
         "rms_norm_eps": _need(path, meta, f"{arch}.attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(path, arch, header, head_dim),
+        **_quirks(path, arch, header, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    if arch == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-        config["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := meta.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
             config[f"{ours}_token_id"] = token
     return config
+
+
+def _quirks(path: Path, arch: str, header: Header, head_dim: int) -> dict[str, Any]:
+    """The part of the config that families differ in."""
+    rope, window = _rope(path, arch, header, head_dim), f"{arch}.attention.sliding_window"
+    if arch == "gemma3":
+        return _gemma3(path, header, head_dim, rope)
+    if header.metadata.get(window, 0):
+        raise ValueError(
+            f"{path}: got {window} = {header.metadata[window]}, which {arch} models here do not "
+            "have."
+        )
+    found: dict[str, Any] = {"hidden_act": "silu", "rope_parameters": rope}
+    if arch == "llama":
+        found["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+        found["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
+    return found
+
+
+def _gemma3(path: Path, header: Header, head_dim: int, rope: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp knows of gemma3 without the file saying it, and what the file may say."""
+    meta, N = header.metadata, _need(path, header.metadata, "gemma3.block_count")
+    every = meta.get("gemma3.attention.sliding_window_pattern", 6)
+    if not isinstance(every, int):
+        raise ValueError(
+            f"{path}: got a sliding_window_pattern of {every}, expected one number. "
+            "Load this model from its Hugging Face folder instead."
+        )
+    local = float(meta.get("gemma3.rope.freq_base_swa", 10000.0))
+    heads = _need(path, meta, "gemma3.attention.head_count")
+    full = [(l + 1) % every == 0 for l in range(N)]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        # Only the 27B model's scores are scaled by the width and not by the head's.
+        "query_pre_attn_scalar": meta["gemma3.embedding_length"] // heads if N == 62 else head_dim,
+        "sliding_window": _need(path, meta, "gemma3.attention.sliding_window"),
+        "layer_types": ["full_attention" if f else "sliding_attention" for f in full],
+        "final_logit_softcapping": meta.get("gemma3.final_logit_softcapping"),
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
 
 
 def _need(path: Path, meta: Mapping[str, Any], key: str) -> Any:

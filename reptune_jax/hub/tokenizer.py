@@ -1,5 +1,6 @@
 """Tokenizers: built from GGUF metadata, chat texts, and where in a prompt a position is."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,8 +55,11 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     tokens: list[str] = _field(metadata, "tokens")
-    core = _byte_level_bpe(metadata, tokens)
     kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if _is_gemma(metadata):
+        core = _sentencepiece_bpe(metadata, tokens, kinds)
+    else:
+        core = _byte_level_bpe(metadata, tokens)
     core.add_tokens(_added(tokens, kinds, _USER_DEFINED))
     core.add_special_tokens(_added(tokens, kinds, _CONTROL))
     special = {
@@ -108,6 +112,46 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Token
         core.normalizer = normalizers.NFC()
     core.pre_tokenizer = _PRE[pre]()
     core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _is_gemma(metadata: Mapping[str, Any]) -> bool:
+    """SentencePiece without a space put before the text."""
+    spaced = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    return metadata.get("tokenizer.ggml.model") == "llama" and not spaced
+
+
+def _sentencepiece_bpe(
+    metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]
+) -> Tokenizer:
+    """A gemma vocabulary as a BPE of the `tokenizers` library.
+
+    There are no merges in the file: a piece may be made of any two others, and earlier pieces come
+    first, as their scores say. Pieces that users defined (tags, runs of spaces) are cut out before.
+    """
+    scores = [s for s, k in zip(_field(metadata, "scores"), kinds, strict=True) if k == _NORMAL]
+    if any(later > earlier for earlier, later in itertools.pairwise(scores)):
+        raise ValueError(
+            "tokenizer.ggml.scores: got scores that rise, expected pieces from the best to the "
+            "worst. Load this model from its Hugging Face folder instead."
+        )
+    pieces = {token for token, kind in zip(tokens, kinds, strict=True) if kind == _NORMAL}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in tokens
+        if piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = tokens[_field(metadata, "unknown_token_id")]
+    bpe = BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    core = Tokenizer(bpe)
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return core
 
 

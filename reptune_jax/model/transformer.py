@@ -1,4 +1,6 @@
-"""Block and Decoder: pre-norm, grouped-query attention, gated MLP; layers scanned in segments.
+"""Block and Decoder: norms, grouped-query attention and MLP as `Arch` says, scanned in segments.
+
+What differs from layer to layer (windows, rotary positions) is scanned data: one program for all.
 
 The decoder can be cut into named segments, each one `nn.scan`. Differentiating with respect to one
 segment only means that nothing below it is linearised and nothing outside it gets weight gradients.
@@ -10,6 +12,8 @@ callers that make it mutable:
   `cosine`   [N, B, T]     `probe`: scalars computed inside the layer, never a stack of residuals
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -18,7 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from reptune_jax.model import attention, intervene
-from reptune_jax.model.arch import Arch
+from reptune_jax.model.arch import Arch, Layer
+from reptune_jax.model.norms import Norm
+from reptune_jax.model.rope import rope_tables, rotate
 
 Cache = dict[str, jax.Array]  # k, v: [N, B, K, S, Dh]
 Segments = tuple[tuple[str, int], ...]  # (name, number of layers), bottom to top
@@ -30,16 +36,32 @@ REMAT = {
 }
 
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+}
+
+
+@flax.struct.dataclass
+class Seen:
+    """How a kind of layer places and sees tokens; in `Shared` stacked, where there are several."""
+
+    rope: tuple[jax.Array, jax.Array] | None  # cos and sin, [B, T, 1, R/2]; None: not rotary
+    mask_BxTxS: jax.Array | None  # None: a flash kernel, which needs none
+
+
 @flax.struct.dataclass
 class Shared:
     """What every layer sees."""
 
-    rope: tuple[jax.Array, jax.Array]
-    mask_BxTxS: jax.Array
+    seen: Seen
     slot: jax.Array | int  # where in the cache these tokens go
     steer_token_BxT: jax.Array | None
     read_BxPxT: jax.Array | None
     keep_residual: bool = flax.struct.field(pytree_node=False, default=False)
+    kernel: attention.Kernel = flax.struct.field(pytree_node=False, default=attention.XLA)
 
 
 @flax.struct.dataclass
@@ -47,6 +69,7 @@ class PerLayer:
     """What is scanned along with the weights: one slice a layer, the absolute layer index first."""
 
     index_N: jax.Array
+    kind_N: jax.Array | None  # which of `Arch.kinds`; None where there is one
     steer: tuple[jax.Array, jax.Array, jax.Array] | None  # direction_NxD, add_NxB, ablate_NxB
     probe: intervene.Probe | None
 
@@ -55,55 +78,80 @@ class PerLayer:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions and an optional cache."""
+    """Grouped-query self-attention with an optional cache."""
 
     arch: Arch
     dtype: Any
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, cache: Cache | None, layer: jax.Array, shared: Shared
+        self, x_BxTxD: jax.Array, cache: Cache | None, layer: PerLayer, shared: Shared
     ) -> tuple[jax.Array, Cache | None]:
-        a = self.arch
+        a, kind_N = self.arch, layer.kind_N
+        seen = shared.seen if kind_N is None else jax.tree.map(lambda s: s[kind_N], shared.seen)
 
         def heads(name: str, n: int) -> jax.Array:
-            return nn.DenseGeneral((n, a.Dh), use_bias=a.qkv_bias, dtype=self.dtype, name=name)(
-                x_BxTxD
-            )
+            dense = nn.DenseGeneral((n, a.Dh), use_bias=a.qkv_bias, dtype=self.dtype, name=name)
+            return dense(x_BxTxD)
 
-        q_BxTxHxDh = attention.rotate(heads("q", a.H), shared.rope)
-        k_BxTxKxDh = attention.rotate(heads("k", a.K), shared.rope)
+        def placed(name: str, n: int) -> jax.Array:
+            y_BxTxHxDh = self._qk_norm(f"{name}_norm", heads(name, n))
+            return y_BxTxHxDh if seen.rope is None else rotate(y_BxTxHxDh, seen.rope)
+
+        q_BxTxHxDh, k_BxTxKxDh = placed("q", a.H), placed("k", a.K)
         k, v = (jnp.swapaxes(x, 1, 2) for x in (k_BxTxKxDh, heads("v", a.K)))  # [B, K, T, Dh]
         if cache is not None:
             cache = {
-                "k": _write(cache["k"], k, layer, shared.slot),
-                "v": _write(cache["v"], v, layer, shared.slot),
+                "k": _write(cache["k"], k, layer.index_N, shared.slot),
+                "v": _write(cache["v"], v, layer.index_N, shared.slot),
             }
             k, v = (
-                jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in "kv"
+                jax.lax.dynamic_index_in_dim(cache[name], layer.index_N, keepdims=False)
+                for name in "kv"
             )  # [B, K, S, Dh]
-        mix_BxTxHxDh = attention.attend(q_BxTxHxDh, k, v, shared.mask_BxTxS)
+        mix_BxTxHxDh = self._mix(q_BxTxHxDh, k, v, seen, kind_N, shared.kernel)
         out = nn.DenseGeneral(a.D, axis=(-2, -1), use_bias=a.o_bias, dtype=self.dtype, name="o")(
             mix_BxTxHxDh
         )
         return out, cache
 
+    def _qk_norm(self, name: str, y_BxTxHxDh: jax.Array) -> jax.Array:
+        a, shape = self.arch, y_BxTxHxDh.shape
+        if not a.qk_norm:
+            return y_BxTxHxDh
+        y = y_BxTxHxDh if a.qk_norm == "head" else y_BxTxHxDh.reshape(*shape[:2], -1)
+        return Norm(a.norm, a.norm_eps, self.dtype, name=name)(y).reshape(shape)
+
+    def _mix(self, q, k, v, seen: Seen, kind_N, kernel: attention.Kernel) -> jax.Array:
+        a = self.arch
+        if seen.mask_BxTxS is not None:
+            return attention.attend(q, k, v, seen.mask_BxTxS, a.score_scale, a.score_cap)
+        # A kernel's window is part of its program, so each kind of layer has its own.
+        flash = functools.partial(
+            attention.flash, kernel=kernel, scale=a.score_scale, cap=a.score_cap
+        )
+        kinds = [functools.partial(flash, window=kind.window) for kind in a.kinds]
+        return kinds[0](q, k, v) if kind_N is None else jax.lax.switch(kind_N, kinds, q, k, v)
+
 
 class MLP(nn.Module):
-    """silu(gate) * up, then down."""
+    """act(gate) * up, then down; ungated: act(up), then down."""
 
     arch: Arch
     dtype: Any
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=self.arch.mlp_bias, dtype=self.dtype, name=name)
+        a, act = self.arch, ACTIVATIONS[self.arch.act]
 
-        hidden_BxTxF = nn.silu(dense("gate", self.arch.F)(x_BxTxD)) * dense("up", self.arch.F)(
-            x_BxTxD
-        )
-        return dense("down", self.arch.D)(hidden_BxTxF)
+        def dense(name: str, features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=a.mlp_bias, dtype=self.dtype, name=name)
+
+        if a.gated:
+            hidden_BxTxF = act(dense("gate", a.F)(x_BxTxD)) * dense("up", a.F)(x_BxTxD)
+        else:
+            hidden_BxTxF = act(dense("up", a.F)(x_BxTxD))
+        return dense("down", a.D)(hidden_BxTxF)
 
 
 class Block(nn.Module):
@@ -117,19 +165,31 @@ class Block(nn.Module):
         self, carry: tuple[jax.Array, Cache | None], layer: PerLayer, shared: Shared
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x_BxTxD, cache = carry
-
-        def norm(name: str) -> nn.RMSNorm:
-            return nn.RMSNorm(epsilon=self.arch.norm_eps, dtype=self.dtype, name=name)
-
         mixed, cache = Attention(self.arch, self.dtype, name="attn")(
-            norm("attn_norm")(x_BxTxD), cache, layer.index_N, shared
+            self._before("attn_norm", x_BxTxD), cache, layer, shared
         )
-        x_BxTxD = x_BxTxD + mixed
-        x_BxTxD = x_BxTxD + MLP(self.arch, self.dtype, name="mlp")(norm("mlp_norm")(x_BxTxD))
+        mixed = self._after("attn_post_norm", mixed)
+        mlp = MLP(self.arch, self.dtype, name="mlp")
+        if self.arch.parallel:
+            mixed = self._after("mlp_post_norm", mlp(self._before("mlp_norm", x_BxTxD))) + mixed
+            x_BxTxD = x_BxTxD + mixed
+        else:
+            x_BxTxD = x_BxTxD + mixed
+            x_BxTxD = x_BxTxD + self._after("mlp_post_norm", mlp(self._before("mlp_norm", x_BxTxD)))
         if layer.steer is not None and shared.steer_token_BxT is not None:
             x_BxTxD = intervene.apply_steer(x_BxTxD, *layer.steer, shared.steer_token_BxT)
         self._sow(x_BxTxD, layer, shared)
         return (x_BxTxD, cache), None
+
+    def _norm(self, name: str, x_BxTxD: jax.Array) -> jax.Array:
+        return Norm(self.arch.norm, self.arch.norm_eps, self.dtype, name=name)(x_BxTxD)
+
+    def _before(self, name: str, x_BxTxD: jax.Array) -> jax.Array:
+        return self._norm(name, x_BxTxD) if self.arch.pre_norm else x_BxTxD
+
+    def _after(self, name: str, x_BxTxD: jax.Array) -> jax.Array:
+        x_BxTxD = self._norm(name, x_BxTxD) if self.arch.post_norm else x_BxTxD
+        return _scaled(x_BxTxD, self.arch.residual_scale)
 
     def _sow(self, x_BxTxD: jax.Array, layer: PerLayer, shared: Shared) -> None:
         def sow(name: str, value: jax.Array) -> None:
@@ -151,10 +211,13 @@ class Decoder(nn.Module):
     segments: Segments
     dtype: Any = jnp.float32
     remat: str = "none"
+    kernel: attention.Kernel = attention.XLA  # of calls without a cache; flash: right padding only
 
     def setup(self) -> None:
         a = self.arch
         self.embed = nn.Embed(a.V, a.D, dtype=self.dtype)
+        if a.positions:
+            self.positions = nn.Embed(a.positions, a.D, dtype=self.dtype)
         block = Block
         if self.remat != "none":
             # Within a scan, common subexpressions cannot undo the rematerialisation.
@@ -169,7 +232,7 @@ class Decoder(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             setattr(self, name, scan(a, self.dtype))
-        self.final_norm = nn.RMSNorm(epsilon=a.norm_eps, dtype=self.dtype)
+        self.final_norm = Norm(a.norm, a.norm_eps, self.dtype)
         if not a.tied:
             self.head = nn.Embed(a.V, a.D, dtype=self.dtype)
 
@@ -190,25 +253,27 @@ class Decoder(nn.Module):
         Without a cache `mask_BxT` marks the real tokens. With one it is [B, S], the real tokens of
         the whole cache including these, which are written at `slot` and follow on.
         """
-        T = tokens_BxT.shape[1]
+        T, kinds = tokens_BxT.shape[1], self.arch.kinds
         # With a cache the mask covers all S slots; these tokens' positions are the T from `slot`.
         positions_BxT = jax.lax.dynamic_slice_in_dim(
             attention.positions_from_mask(mask_BxT), slot, T, axis=1
         )
+        kernel = self.kernel if cache is None else attention.XLA
         shared = Shared(
-            rope=attention.rope_tables(self.arch.rope, self.arch.Dh, positions_BxT),
-            mask_BxTxS=attention.causal_mask(mask_BxT, T, slot),
+            seen=self._seen(positions_BxT, mask_BxT, slot, kernel),
             slot=slot,
             steer_token_BxT=steer.token_BxT if steer else None,
             read_BxPxT=read_BxPxT,
             keep_residual=keep_residual,
+            kernel=kernel,
         )
         layers = PerLayer(
             jnp.arange(self.arch.N),
+            jnp.array([kinds.index(l) for l in self.arch.layers]) if len(kinds) > 1 else None,
             (steer.direction_NxD, steer.add_NxB, steer.ablate_NxB) if steer else None,
             probe,
         )
-        carry, start = (self.embed(tokens_BxT), cache), 0
+        carry, start = (self._embed(tokens_BxT, positions_BxT, mask_BxT), cache), 0
         for name, length in self.segments:
             carry, _ = getattr(self, name)(carry, layers.slice(start, start + length), shared)
             start += length
@@ -217,20 +282,63 @@ class Decoder(nn.Module):
             self.logits(hidden_BxTxD)
         return hidden_BxTxD, carry[1]
 
+    def _embed(self, tokens_BxT: jax.Array, positions_BxT: jax.Array, mask: jax.Array) -> jax.Array:
+        a = self.arch
+        # Gemma's scale is rounded to the dtype before it multiplies.
+        x_BxTxD = self.embed(tokens_BxT)
+        if a.embed_scale != 1:
+            x_BxTxD = x_BxTxD * jnp.asarray(a.embed_scale, self.dtype)
+        if not a.positions:
+            return x_BxTxD
+        if mask.shape[1] > a.positions:
+            raise ValueError(
+                f"tokens: got rows of {mask.shape[1]} (padding and new tokens included), expected "
+                f"at most {a.positions}, the positions that {a.family} has learned. Shorten them."
+            )
+        return x_BxTxD + self.positions(positions_BxT)
+
+    def _seen(
+        self,
+        positions_BxT: jax.Array,
+        mask_BxT: jax.Array,
+        slot: jax.Array | int,
+        kernel: attention.Kernel,
+    ) -> Seen:
+        a, T = self.arch, positions_BxT.shape[1]
+        rotary = any(kind.rope for kind in a.kinds)
+
+        def of(kind: Layer) -> Seen:
+            rope = rope_tables(kind.rope, a.Dh, positions_BxT) if rotary else None
+            if kernel.name != "xla":
+                return Seen(rope, None)
+            return Seen(rope, attention.causal_mask(mask_BxT, T, slot, kind.window))
+
+        kinds = [of(kind) for kind in a.kinds]
+        return kinds[0] if len(kinds) == 1 else jax.tree.map(lambda *k: jnp.stack(k), *kinds)
+
     def logits(self, hidden_xD: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
         table_VxD = (self.embed if self.arch.tied else self.head).embedding
-        return jnp.einsum(
+        logits_xV = jnp.einsum(
             "...d,vd->...v",
             hidden_xD.astype(self.dtype),
             table_VxD.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+        if self.arch.logit_divisor != 1:
+            logits_xV = logits_xV / self.arch.logit_divisor
+        cap = self.arch.logit_cap
+        return cap * jnp.tanh(logits_xV / cap) if cap else logits_xV
 
 
 def whole(arch: Arch, dtype: Any = jnp.float32) -> Decoder:
     """The decoder in one segment, for inference."""
     return Decoder(arch, (("blocks", arch.N),), dtype)
+
+
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    """In float32: a Python number would be rounded to x's dtype first."""
+    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def unembed(decoder: Decoder, params: Any, hidden_xD: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from reptune_jax.tuning.partition import Flat
 def layer_flops(arch: Arch, tokens: int, T: int) -> float:
     """Forward FLOPs of one layer: matrix products, and full (not causal-halved) attention."""
     a = arch
-    weights = a.D * a.Dh * (2 * a.H + 2 * a.K) + 3 * a.D * a.F
+    weights = a.D * a.Dh * (2 * a.H + 2 * a.K) + (3 if a.gated else 2) * a.D * a.F
     return 2.0 * tokens * (weights + 2 * T * a.H * a.Dh)
 
 

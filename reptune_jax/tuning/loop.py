@@ -53,12 +53,11 @@ def tune(
 ) -> None:
     """Trains into `folder`; resumes from its newest checkpoint; returns at once when it is done."""
     train = FrozenConfigDict(c.train)
-    decoder = Decoder(
-        model.arch, partition.segments(model.arch.N, train.layers), model.dtype, train.remat
-    )
+    cuts = partition.segments(model.arch.N, train.layers)
+    decoder = Decoder(model.arch, cuts, model.dtype, train.remat, model.kernel("right"))
     trained, frozen = partition.split(model.params, train.layers, train.modules)
     task = make_task(c, vector, frozen)
-    mesh = _mesh_of(model)
+    mesh = meshes.mesh_of(model.params)
     state = steps.init_state(trained, train, mesh)
     with contextlib.closing(checkpoint.Checkpoints(folder, train.keep)) as saved:
         state = saved.restore(state) or state
@@ -184,9 +183,3 @@ def _flatten(
         out |= {f"grad_norm/{k}": float(v) for k, v in norms}
         out["grad_norm/conflict"] = float(metrics["conflict"])
     return out
-
-
-def _mesh_of(model: Model) -> jax.sharding.Mesh | None:
-    sharding = jax.tree.leaves(model.params)[0].sharding
-    mesh = getattr(sharding, "mesh", None)
-    return mesh if isinstance(mesh, jax.sharding.Mesh) else None

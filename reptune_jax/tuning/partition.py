@@ -40,7 +40,7 @@ def split(
       ValueError: a pattern in `modules` that matches no weight.
     """
     first, stop = layers
-    N = params["blocks"]["attn_norm"]["scale"].shape[0]
+    N = jax.tree.leaves(params["blocks"])[0].shape[0]
     cuts = {"below": slice(0, first), "tuned": slice(first, stop), "above": slice(stop, N)}
     frozen = {key: value for key, value in params.items() if key != "blocks"}
     for name, _ in segments(N, layers):
