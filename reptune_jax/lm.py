@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from tqdm import tqdm
 
 from reptune_jax import mesh as meshes
-from reptune_jax.hub import export, weights
+from reptune_jax.hub import export, peft, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.model import arch as archs
@@ -59,13 +60,9 @@ class Model:
 
     @functools.cached_property
     def sha(self) -> str:
-        """Identifies the base weights, at bfloat16 precision so that storage dtype does not matter.
-
-        Reads what tuning leaves alone (final norm, some embeddings): a tuned model has its base's.
-        """
-        parts = self.params["final_norm"]["scale"], self.params["embed"]["embedding"][:64]
-        data = b"".join(np.asarray(p.astype(jnp.bfloat16)).tobytes() for p in parts)
-        return hashlib.sha256(repr(self.arch).encode() + data).hexdigest()[:16]
+        """Identifies the base weights; a tuned model has its base's."""
+        norm_D, table_VxD = self.params["final_norm"]["scale"], self.params["embed"]["embedding"]
+        return weights_sha(self.arch, norm_D, table_VxD[:64])
 
     @property
     def decoder(self) -> Decoder:
@@ -257,8 +254,15 @@ class Model:
         return ids[: stop + 1]
 
 
+def weights_sha(arch: Arch, norm_D: Any, table_64xD: Any) -> str:
+    """Of what tuning leaves alone, at bfloat16 precision so that storage dtype does not matter."""
+    parts = norm_D, table_64xD
+    data = b"".join(np.asarray(p.astype(jnp.bfloat16)).tobytes() for p in parts)
+    return hashlib.sha256(repr(arch).encode() + data).hexdigest()[:16]
+
+
 def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """Loads a Hugging Face folder, a hub id, or a `.gguf` file. Needs no torch.
+    """Loads a Hugging Face folder, a hub id, a `.gguf` file or an Orbax model folder. No torch.
 
     `dtype` is both storage and compute; by default float32 on CPU, bfloat16 on accelerators.
 
@@ -276,6 +280,21 @@ def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) ->
     host = weights.load_params(source, arch, dtype)
     params = meshes.put_params(host, mesh)
     return Model(arch, params, source.tokenizer, dict(source.config), name, dtype, source.eos_ids)
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+    """`model` with a PEFT LoRA adapter merged into its weights.
+
+    Raises:
+      ValueError: no LoRA adapter, one of a kind that is not computed here, or another base's.
+    """
+    flat = traverse_util.flatten_dict(model.params, sep="/")
+    pairs = peft.read_adapter(Path(folder), model.arch, model.sha)
+    for path, layers, change in peft.changes(pairs, model.arch):
+        at = jnp.asarray(layers)
+        merged = flat[path][at].astype(jnp.float32) + change
+        flat[path] = flat[path].at[at].set(merged.astype(flat[path].dtype))
+    return dataclasses.replace(model, params=traverse_util.unflatten_dict(flat, sep="/"))
 
 
 def save_hf(model: Model, folder: str | os.PathLike[str], card: str = "") -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import program, train
+from reptune_jax import convert, program, train
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.evals import arms, baseline, steering, tuned
 from reptune_jax.evals.bench import prepare
@@ -75,6 +75,11 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
         cond.model, folder, card.model_card(one, studies.read(workdir, c.study.primary or None))
     )
     program.say(f"{folder}: an ordinary Hugging Face checkpoint")
+    if c.train.lora.rank:
+        adapter, tuned = folder.with_name(f"{name}_adapter"), convert.read_run(workdir / name)
+        if not adapter.exists():
+            convert.write_adapter(adapter, tuned, base.arch, base.name)
+        program.say(f"{adapter}: its LoRA alone, for peft")
 
 
 @contextmanager

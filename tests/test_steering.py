@@ -358,6 +358,97 @@ def test_bake_refuses_a_family_without_the_bias(tmp_path):
         rt.bake(ours, make_vector())
 
 
+def test_adding_goes_into_a_bias_that_is_already_there(ours):
+    """As in families whose MLP always has one, and with granite's factor on what a block writes."""
+    vector = 0.3 * make_vector(layers=[1])
+    granite = dataclasses.replace(
+        ours,
+        arch=dataclasses.replace(ours.arch, family="granite"),
+        config={**ours.config, "residual_multiplier": 0.5},
+    )
+    added = {}
+    for model in (ours, granite):
+        after, before = (
+            m.params["blocks"]["mlp"]["down"]["bias"] for m in (rt.bake(model, vector), model)
+        )
+        added[model.arch.family] = np.asarray(after) - np.asarray(before)
+    np.testing.assert_allclose(added["llama"], vector.dose_NxD, atol=1e-6)
+    np.testing.assert_allclose(added["granite"], 2 * vector.dose_NxD, atol=1e-6)
+    with pytest.raises(ValueError, match="mode: got 'clamp', expected 'add' or 'ablate'"):
+        rt.bake(ours, vector, mode="clamp")
+
+
+def ablating_hooks(hf_model, u_D):
+    """Projects u out of whatever a module of the decoder writes to the residual."""
+
+    def project(_, __, out):
+        first = out[0] if isinstance(out, tuple) else out
+        first = first - (first @ u_D)[..., None] * u_D
+        return (first, *out[1:]) if isinstance(out, tuple) else first
+
+    layers = hf_model.model.layers
+    writers = [
+        hf_model.model.embed_tokens,
+        *(part for l in layers for part in (l.self_attn, l.mlp)),
+    ]
+    return [module.register_forward_hook(project) for module in writers]
+
+
+@pytest.mark.parametrize("maker", ["llama_biases", "llama_tied", "qwen2"])
+def test_a_baked_ablation_is_the_online_one_at_every_block(maker, tmp_path):
+    make, overrides = tiny.VARIANTS[maker]
+    folder = make(tmp_path / "base", **overrides)
+    ours, theirs = rt.load(str(folder)), torch_model(folder)
+    ids, mask = draw_batch()
+    vector = make_vector().at(layers=[2])
+    u_D = vector.directions_NxD[2] / np.linalg.norm(vector.directions_NxD[2])
+    baked = rt.bake(ours, vector, mode="ablate")
+    got = baked.forward(ids, mask, capture=True)
+    real = mask.astype(bool)
+
+    held = ablating_hooks(theirs, torch.tensor(u_D))
+    with torch.no_grad():
+        out = theirs(torch.tensor(ids).long(), torch.tensor(mask), output_hidden_states=True)
+    for hook in held:
+        hook.remove()
+    logits, hidden = out.logits.numpy(), [h.numpy() for h in out.hidden_states[1:-1]]
+    ours_NxBxTxD = np.asarray(got.residual_NxBxTxD)
+    scale = np.abs(logits[real]).max()
+    np.testing.assert_allclose(
+        np.asarray(got.logits_BxTxV)[real], logits[real], atol=TOLERANCE * scale
+    )
+    for l, want in enumerate(hidden):
+        atol = TOLERANCE * np.abs(want[real]).max()
+        np.testing.assert_allclose(ours_NxBxTxD[l][real], want[real], atol=atol)
+    assert np.abs(ours_NxBxTxD[:, real] @ u_D).max() < 1e-4  # nothing is left of it
+    plain = np.asarray(ours.forward(ids, mask).logits_BxTxV)
+    assert np.abs(plain[real] - logits[real]).max() > 0.02 * scale
+
+    # Online ablation at every block finds nothing more to remove.
+    N, B, T = ours.arch.N, *ids.shape
+    everywhere = np.broadcast_to(u_D, (N, len(u_D)))
+    steer = Steer(
+        *map(jnp.asarray, (everywhere, np.zeros((N, B)), np.ones((N, B)), np.ones((B, T))))
+    )
+    again = np.asarray(baked.forward(ids, mask, steer=steer).logits_BxTxV)
+    np.testing.assert_allclose(again[real], logits[real], atol=TOLERANCE * scale)
+
+    rt.save_hf(baked, tmp_path / "out")
+    exported = torch_model(tmp_path / "out")
+    assert exported.config.tie_word_embeddings is False
+    with torch.no_grad():
+        final = exported(torch.tensor(ids).long(), torch.tensor(mask)).logits.numpy()
+    np.testing.assert_allclose(final[real], logits[real], atol=TOLERANCE * scale)
+
+
+def test_ablations_that_would_not_be_exact_are_refused(ours):
+    with pytest.raises(ValueError, match=r"got directions at 4 layers, expected one"):
+        rt.bake(ours, make_vector(), mode="ablate")
+    gemma = dataclasses.replace(ours, arch=dataclasses.replace(ours.arch, family="gemma2"))
+    with pytest.raises(ValueError, match=r"got a gemma2 model, .*without a norm after them"):
+        rt.bake(gemma, make_vector().at(layers=[1]), mode="ablate")
+
+
 def test_probe_is_centred_only_on_request():
     v = make_vector()
     assert not np.asarray(v.probe().center_NxD).any()

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
+from reptune_jax.hub.safetensors_io import TensorHandle
 from reptune_jax.hub.source import Source
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.transformer import whole
@@ -67,27 +69,78 @@ def load_params(source: Source, arch: Arch, dtype: Any) -> dict[str, Any]:
     Raises:
       ValueError: names every missing, unknown and mis-shaped tensor at once.
     """
-    leaves = abstract_params(arch)
-    _check(source, arch, leaves)
     flat = {}
-    for path, leaf in tqdm(leaves.items(), desc="loading weights", delay=2, leave=False):
-        out = np.empty(leaf.shape, dtype)
-        for part, name in _parts(out, path):
-            part[...] = _from_hf(source.tensors[name].read(), TABLE[path], part.shape)
-        flat[path] = out
+    found = leaves(source, arch, dtype)
+    for path, leaf in tqdm(found.items(), desc="loading weights", delay=2, leave=False):
+        flat[path] = leaf.read()
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def leaves(source: Source, arch: Arch, dtype: Any = None) -> dict[str, TensorHandle]:
+    """Path -> handle of every stacked leaf, of `dtype` or as stored; read one at a time.
+
+    Raises:
+      ValueError: names every missing, unknown and mis-shaped tensor at once.
+    """
+    shapes = abstract_params(arch)
+    if source.leaves is not None:
+        _check_leaves(source, shapes)
+        return {path: _cast(source.leaves[path], dtype) for path in shapes}
+    _check(source, arch, shapes)
+    return {path: _stacked(source, path, leaf.shape, dtype) for path, leaf in shapes.items()}
+
+
+def _stacked(source: Source, path: str, shape: tuple[int, ...], dtype: Any) -> TensorHandle:
+    """The leaf of all layers; layers stored in different types meet in one that holds them all."""
+    row = TABLE[path]
+    layers = range(shape[0]) if "{l}" in row.hf else range(1)
+    stored = (source.tensors[row.hf.format(l=l)].dtype for l in layers)
+    to = np.dtype(dtype or functools.reduce(jnp.promote_types, stored))
+
+    def read() -> np.ndarray:
+        out = np.empty(shape, to)
+        for part, name in _parts(out, path):
+            part[...] = _from_hf(source.tensors[name].read(), row, part.shape)
+        return out
+
+    return TensorHandle(shape, to, read)
+
+
+def _cast(leaf: TensorHandle, dtype: Any) -> TensorHandle:
+    to = np.dtype(dtype or leaf.dtype)
+    return TensorHandle(leaf.shape, to, lambda: leaf.read().astype(to, copy=False))
+
+
+def hf_specs(found: Mapping[str, TensorHandle]) -> dict[str, TensorHandle]:
+    """Name -> shape and type of every tensor that `to_hf` makes of these leaves, in its order."""
+    specs = {}
+    for path in _ordered(found):
+        leaf, name = found[path], TABLE[path].hf
+        stacked = "{l}" in name
+        shape = hf_shape(path, leaf.shape[1:] if stacked else leaf.shape)
+        for layer in range(leaf.shape[0] if stacked else 1):
+            specs[name.format(l=layer)] = TensorHandle(shape, leaf.dtype, leaf.read)
+    return specs
+
+
+def _ordered(flat: Mapping[str, Any]) -> list[str]:
+    """The table's order; larger types first, which keeps a file's data aligned."""
+    return sorted((p for p in TABLE if p in flat), key=lambda p: -flat[p].dtype.itemsize)
+
+
 def to_hf(params: Mapping[str, Any], dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (Hugging Face name, array) for every tensor, in the table's order."""
+    """Yields (Hugging Face name, array) for every tensor, in the table's order.
+
+    Leaves may be handles: each is read when its turn comes, and let go after it.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
-    for path, row in TABLE.items():
-        if path not in flat:
-            continue
-        leaf = np.asarray(flat[path])
+    for path in _ordered(flat):
+        given = flat[path]
+        leaf = given.read() if isinstance(given, TensorHandle) else np.asarray(given)
         for part, name in _parts(leaf, path):
-            out = _to_hf(part, row)
+            out = _to_hf(part, TABLE[path])
             yield name, out if dtype is None else out.astype(dtype)
+        del leaf, part, out  # else two leaves are held while the next is read
 
 
 def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -116,6 +169,18 @@ def _to_hf(leaf: np.ndarray, row: Row) -> np.ndarray:
         return leaf.reshape(-1) if leaf.ndim == 2 and row.hf.endswith("bias") else leaf
     fan_in = int(np.prod(leaf.shape[: row.inputs]))
     return np.ascontiguousarray(leaf.reshape(fan_in, -1).T)
+
+
+def _check_leaves(source: Source, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    found = {path: leaf.shape for path, leaf in (source.leaves or {}).items()}
+    expected = {path: leaf.shape for path, leaf in shapes.items()}
+    wrong = [p for p in found.keys() | expected.keys() if found.get(p) != expected.get(p)]
+    if wrong:
+        path = min(wrong)
+        raise ValueError(
+            f"{source.name}: {len(wrong)} leaves do not fit config.json, such as {path}: got shape "
+            f"{found.get(path)}, expected {expected.get(path)}. Convert the model again."
+        )
 
 
 def _check(source: Source, arch: Arch, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> None:

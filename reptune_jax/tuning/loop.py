@@ -16,7 +16,7 @@ from reptune_jax import program
 from reptune_jax.data.batches import Batch, Keep, Rows, choose_rows
 from reptune_jax.lm import Model
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import checkpoint, cost, partition
+from reptune_jax.tuning import adapters, checkpoint, cost, partition
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.log import Log
 from reptune_jax.tuning.losses import CosineLoss
@@ -45,7 +45,8 @@ def make_task(c: ConfigDict, vector: SteeringVector, frozen: dict[str, Any]) -> 
         jnp.float32(c.sign), jnp.float32(into), jnp.float32(1 - into), jnp.asarray(layer_N)
     )
     weight_3 = jnp.array([c.loss.token, c.loss.cosine, c.loss.retain], jnp.float32)
-    return steps.Task(frozen, vector.probe(c.loss.center), cosine, weight_3)
+    scale = jnp.float32(adapters.scale(c.train.lora))
+    return steps.Task(frozen, vector.probe(c.loss.center), cosine, weight_3, scale)
 
 
 def tune(
@@ -56,7 +57,7 @@ def tune(
     decoder = Decoder(
         model.arch, partition.segments(model.arch.N, train.layers), model.dtype, train.remat
     )
-    trained, frozen = partition.split(model.params, train.layers, train.modules)
+    trained, frozen = adapters.begin(model.arch, model.params, train, c.seed)
     task = make_task(c, vector, frozen)
     mesh = _mesh_of(model)
     state = steps.init_state(trained, train, mesh)
