@@ -9,6 +9,7 @@ or with --format=adapter its LoRA alone, for `peft`. One stacked tensor is in me
 """
 
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +32,8 @@ from reptune_jax.tuning import adapters, checkpoint
 FORMATS = ("orbax", "hf", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
 # What goes with the weights, copied as it is. Code never does.
-_FILES = ("config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt")
-_FILES += ("chat_template*", "added_tokens.json", "LICENSE*", "*.model")
+_FILES = ["config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt"]
+_FILES += ["chat_template*", "added_tokens.json", "LICENSE*", "*.model"]
 
 
 class Run(NamedTuple):
@@ -51,7 +52,7 @@ def run(
     Raises:
       ValueError: an unknown source or format, or a pair of them that cannot be.
     """
-    tuned = read_run(Path(given)) if is_run(Path(given)) else None
+    tuned = find_run(Path(given).expanduser())
     format = choose_format(format, given, tuned)
     if base and tuned is None:
         raise ValueError(f"base: got {base!r} for {given}, which is no tuned run. Leave it out.")
@@ -69,9 +70,20 @@ def run(
     return Path(to)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a tuned run's."""
-    return (folder / "checkpoints").is_dir()
+def find_run(folder: Path) -> Run | None:
+    """The tuned run in a folder; None where the source is something else.
+
+    Raises:
+      ValueError: the folder is a whole study's.
+    """
+    if (folder / "checkpoints").is_dir():
+        return read_run(folder)
+    if runs := sorted(path.parent.name for path in folder.glob("*/checkpoints")):
+        raise ValueError(
+            f"{folder}: is the folder of a study, expected that of one run. Name one of "
+            f"{', '.join(str(folder / name) for name in runs)}."
+        )
+    return None
 
 
 def read_run(folder: Path) -> Run:
@@ -137,25 +149,27 @@ def write_model(to: Path, source: Source, tuned: Run | None, format: str, dtype:
 
 
 def overlaid(leaves: Mapping[str, TensorHandle], tuned: Run) -> dict[str, TensorHandle]:
-    """The base's leaves with a run's weights, or its adapters, put in as they are read."""
-    changes = adapters.changes(tuned.trained, tuned.meta)
-    whole = {} if tuned.meta.get("lora") else tuned.trained
-    first, stop = tuned.meta["layers"]
+    """The base's leaves with a run's weights, or its adapters, put in layer by layer as read."""
+    trained, meta = tuned.trained, tuned.meta
+    first, stop = meta["layers"]
+
+    def layer(path: str, i: int, base: np.ndarray) -> np.ndarray:
+        if not meta.get("lora"):
+            return np.asarray(trained[path][i])
+        change = adapters.change(trained, meta, path, slice(i, i + 1))
+        return base.astype(np.float32) + np.asarray(change[0])
 
     def put(leaf: TensorHandle, path: str) -> TensorHandle:
         def read() -> np.ndarray:
             out = leaf.read()
-            if path in whole:
-                out[first:stop] = np.asarray(whole[path]).astype(out.dtype)
-            else:
-                merged = out[first:stop].astype(np.float32) + np.asarray(changes[path])
-                out[first:stop] = merged.astype(out.dtype)
+            for l in range(first, stop):
+                out[l] = layer(path, l - first, out[l]).astype(out.dtype)
             return out
 
         return TensorHandle(leaf.shape, leaf.dtype, read)
 
-    trained = {f"blocks/{path}": path for path in (*whole, *changes)}
-    return {p: put(leaf, trained[p]) if p in trained else leaf for p, leaf in leaves.items()}
+    changed = {f"blocks/{path}": path for path in adapters.kernels(meta) or trained}
+    return {p: put(leaf, changed[p]) if p in changed else leaf for p, leaf in leaves.items()}
 
 
 def check_base(tuned: Run, source: Source, arch: Arch, leaves: Mapping[str, TensorHandle]) -> None:
@@ -262,8 +276,6 @@ def stored_dtype(to: Path, format: str) -> str:
 
 def main() -> None:
     """Flags; the user's mistakes are printed, not traced."""
-    import sys
-
     sys.modules["__main__"].__doc__ = __doc__
     names = {
         "from": "Hugging Face folder or hub id, .gguf file, Orbax folder, or a tuned run's folder",
@@ -272,7 +284,7 @@ def main() -> None:
         "dtype": f"{' | '.join(DTYPES)}; by default as stored (.gguf: as dequantized, float32)",
         "base": "for a tuned run: its base model, if it is no longer where it was",
     }
-    values = {name: flags.DEFINE_string(name, "", text) for name, text in names.items()}
+    values = {name: flags.DEFINE_string(name, None, text) for name, text in names.items()}
     verify = flags.DEFINE_bool("verify", False, "compare the predictions of source and result")
     flags.mark_flags_as_required(["from", "to"])
     for name in (*names, "verify"):  # so that --help shows them

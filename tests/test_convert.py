@@ -243,15 +243,38 @@ def test_damaged_orbax_folders_are_refused(model, tmp_path):
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "study" / "dual+_s0" / "checkpoints").mkdir(parents=True)
     new = str(tmp_path / "new")
     for args, message in [
         ((model.name, str(tmp_path / "full")), "is a file or not empty, expected a new folder"),
         ((str(tmp_path / "absent"), new), "does not exist"),
         ((model.name, new, "gguf"), "format: got 'gguf', expected one of orbax, hf, adapter"),
         ((model.name, new, "adapter"), "which is no tuned run, expected a run with train.lora"),
+        ((str(tmp_path / "study"), new), r"is the folder of a study.*study/dual\+_s0"),
         ((model.name, new, "hf", "int8"), "dtype: got 'int8', expected one of float32"),
         ((model.name, new, "hf", "", False, "x"), "base: got 'x' for .*, which is no tuned run"),
     ]:
         with pytest.raises(ValueError, match=message):
             convert.run(*args)
-    assert [p.name for p in tmp_path.rglob("*")] == ["full", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "study"]
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def program(*args):
+    command = [sys.executable, "-m", "reptune_jax.convert", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+
+
+def test_the_program_says_what_it_did_and_what_is_wrong(model, tmp_path):
+    out = tmp_path / "out"
+    done = program(f"--from={model.name}", f"--to={out}", "--format=hf", "--verify")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "verify: max logit difference 0.0e+00" in done.stdout
+    assert_same_folder(out, Path(model.name))
+    again = program(f"--from={model.name}", f"--to={out}")
+    assert again.returncode == 1 and "Traceback" not in again.stderr
+    assert f"error: {out}: is a file or not empty" in again.stderr
+    shown = program("--help").stdout
+    for flag in ("--from", "--to", "--format", "--dtype", "--[no]verify", "--base"):
+        assert flag in shown
+    assert shown.lstrip().startswith("Program: a model from one format")

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 from reptune_jax.model import lora
@@ -65,17 +67,18 @@ def about(arch: Arch, train: Any) -> dict[str, Any] | None:
     return {"rank": train.lora.rank, "alpha": float(train.lora.alpha), "targets": found}
 
 
-def changes(trained: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Kernel path -> what a checkpoint's adapters add to it, [L, ...]; {} for whole weights."""
-    if not (settings := meta.get("lora")):
-        return {}
-    factor = settings["alpha"] / settings["rank"]
-    return {
-        f"{path}/kernel": lora.delta(
-            trained[f"{path}/{lora.A}"], trained[f"{path}/{lora.B}"], factor
-        )
-        for path in settings["targets"]
-    }
+def kernels(meta: Mapping[str, Any]) -> list[str]:
+    """The kernels that a checkpoint's adapters change; none where it has whole weights."""
+    return [f"{path}/kernel" for path in (meta.get("lora") or {"targets": ()})["targets"]]
+
+
+def change(
+    trained: Mapping[str, Any], meta: Mapping[str, Any], kernel: str, layers: slice = slice(None)
+) -> jax.Array:
+    """What a checkpoint's adapters add to a kernel in some of the tuned layers, [L, ...]."""
+    path = kernel.removesuffix("/kernel")
+    a, b = (trained[f"{path}/{leaf}"][layers] for leaf in (lora.A, lora.B))
+    return lora.delta(a, b, meta["lora"]["alpha"] / meta["lora"]["rank"])
 
 
 def overlay(
@@ -86,8 +89,8 @@ def overlay(
         return partition.overlay(params, dict(trained), meta["layers"])
     first, stop = meta["layers"]
     flat = traverse_util.flatten_dict(params, sep="/")
-    merged = {
-        path: flat[f"blocks/{path}"][first:stop].astype(change.dtype) + change
-        for path, change in changes(trained, meta).items()
-    }
+    merged = {}
+    for path in kernels(meta):
+        base = flat[f"blocks/{path}"][first:stop].astype(jnp.float32)
+        merged[path] = base + change(trained, meta, path)
     return partition.overlay(params, merged, (first, stop))

@@ -25,8 +25,8 @@ from reptune_jax.vectors.steering_vector import SteeringVector
 MLP_BIAS_KEYS = {"llama": "mlp_bias", "granite": "mlp_bias"}
 # families whose blocks add what attention and MLP write as it is, or times a constant; a norm with
 # a scale in between (gemma2, gemma3, olmo2) would turn the direction
-PRE_NORM = ("llama", "qwen2", "qwen3", "mistral", "granite", "phi", "phi3", "gemma")
-PRE_NORM += ("gpt2", "gpt_neox")
+PRE_NORM = ["llama", "qwen2", "qwen3", "mistral", "granite", "phi", "phi3", "gemma"]
+PRE_NORM += ["gpt2", "gpt_neox"]
 _WRITERS = ("attn/o/kernel", "attn/o/bias", "mlp/down/kernel", "mlp/down/bias")
 
 
