@@ -66,6 +66,8 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
     one = c.copy_and_resolve_references()
     one.arm, one.sign, one.seed = c.study.export, sign, c.study.seeds[0]
     name = program.run_name(one)
+    if c.train.lora.rank:
+        export_adapter(workdir, base, name)
     folder = workdir / "export" / name
     if (folder / "config.json").exists():
         program.say(f"{folder}: already there")
@@ -75,11 +77,17 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
         cond.model, folder, card.model_card(one, studies.read(workdir, c.study.primary or None))
     )
     program.say(f"{folder}: an ordinary Hugging Face checkpoint")
-    if c.train.lora.rank:
-        adapter, tuned = folder.with_name(f"{name}_adapter"), convert.read_run(workdir / name)
-        if not adapter.exists():
-            convert.write_adapter(adapter, tuned, base.arch, base.name)
-        program.say(f"{adapter}: its LoRA alone, for peft")
+
+
+def export_adapter(workdir: Path, base: Model, name: str) -> Path:
+    """A LoRA run's adapters as a folder for peft."""
+    folder = workdir / "export" / f"{name}_adapter"
+    if folder.exists():
+        program.say(f"{folder}: already there")
+        return folder
+    convert.write_adapter(folder, convert.read_run(workdir / name), base.arch, base.name)
+    program.say(f"{folder}: its LoRA alone, for peft")
+    return folder
 
 
 @contextmanager

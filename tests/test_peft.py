@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import reptune_jax as rt
-from reptune_jax import convert, lm
+from reptune_jax import convert, lm, study
 from reptune_jax.evals import arms
 from tests import lora_case, tiny
 
@@ -67,6 +67,17 @@ def test_peft_loads_our_adapter_and_says_the_same(modules, model, folder, ids, t
     assert_same(torch_logits(theirs, ids), ours(tuned, ids), ours(model, ids))
     again = rt.load_adapter(model, out)
     np.testing.assert_allclose(ours(again, ids), ours(tuned, ids), atol=1e-5)
+
+
+def test_a_study_exports_a_lora_runs_adapter_once(model, ids, tmp_path):
+    run, _, _ = lora_case.make_run(tmp_path / "dual+_s0", model)
+    out = study.export_adapter(tmp_path, model, "dual+_s0")
+    assert out == tmp_path / "export" / "dual+_s0_adapter"
+    before = (out / "adapter_model.safetensors").stat().st_mtime_ns
+    assert study.export_adapter(tmp_path, model, "dual+_s0") == out
+    assert (out / "adapter_model.safetensors").stat().st_mtime_ns == before
+    got = ours(rt.load_adapter(model, out), ids)
+    np.testing.assert_allclose(got, ours(arms.tuned(model, run).model, ids), atol=1e-5)
 
 
 def peft_adapter(folder, out, seed=0, **settings):
