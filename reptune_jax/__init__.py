@@ -5,9 +5,9 @@ import os
 # transformers is used for tokenizers only, which need no torch; do not advise installing it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from reptune_jax.lm import Model, load, save_hf
+from reptune_jax.lm import Model, load, load_adapter, save_hf
 from reptune_jax.vectors.bake import bake
 from reptune_jax.vectors.pairs import extract
 from reptune_jax.vectors.steering_vector import SteeringVector
 
-__all__ = ["Model", "SteeringVector", "bake", "extract", "load", "save_hf"]
+__all__ = ["Model", "SteeringVector", "bake", "extract", "load", "load_adapter", "save_hf"]

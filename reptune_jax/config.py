@@ -45,6 +45,7 @@ _POSITIVE: tuple[str, ...] = (
     "train.accumulate",
     "train.retain_batch",
     "train.lr",
+    "train.lora.alpha",
 )
 _POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.keep")
 _POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
@@ -116,6 +117,9 @@ def _train() -> ConfigDict:
     c.layers = (10, 20)  # [first, stop) layers that are trained
     c.templates = ("lettered",)  # how claims are asked in tuning
     c.modules = ("attn/v", "attn/o")  # patterns of weights in them
+    c.lora = ConfigDict()  # adapters on those projections instead of whole weights
+    c.lora.rank = 0  # 0 = whole weights
+    c.lora.alpha = 16.0  # adapters count alpha/rank times
     c.steps = 40
     c.batch = 8
     c.accumulate = 1  # micro-batches per step
@@ -131,6 +135,7 @@ def _train() -> ConfigDict:
     c.eps = 1e-8
     c.weight_decay = 0.0
     c.remat = "dots"  # none | dots | full; dots is also the fastest on CPU: less is stored
+    c.flash = True  # flash attention in training, where machine and model allow it
     c.log_every = 5
     c.measure_every = 10  # gradient norm of each loss alone: three more backward passes
     c.eval_every = 10
@@ -208,6 +213,8 @@ def check(config: ConfigDict) -> ConfigDict:
     for key in _POSITIVE:
         if not _get(out, key) > 0:
             raise ValueError(f"{key}: got {_get(out, key)}, expected more than 0.")
+    if out.train.lora.rank < 0:
+        raise ValueError(f"train.lora.rank: got {out.train.lora.rank}, expected 0 or more.")
     for key in ("train.layers", "loss.layers"):
         value = _get(out, key)
         if len(value) != 2 or not 0 <= value[0] < value[1]:
@@ -252,6 +259,9 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
             )
         was = _flatten(stored["config"])
         now = _flatten(values)
+        # A key that is newer than the folder has the value that made no difference then.
+        news = _flatten(json.loads(json.dumps(_lasting(default()))))
+        was |= {k: v for k, v in news.items() if k in now and k not in was}
         changed = [k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
         if changed:
             lines = "\n  ".join(f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in changed)

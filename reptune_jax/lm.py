@@ -16,16 +16,17 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from tqdm import tqdm
 
 from reptune_jax import mesh as meshes
-from reptune_jax.hub import export, weights
+from reptune_jax.hub import export, peft, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
-from reptune_jax.model import attention, decode, families
+from reptune_jax.model import attention, decode, families, score
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Steer
-from reptune_jax.model.prefix import Prefix, apply_after, shared_length
+from reptune_jax.model.prefix import Prefix, shared_length
 from reptune_jax.model.transformer import Decoder, collect, init_cache, unembed, whole
 
 _BUCKET = 16  # token lengths are rounded up to this, so that few shapes are compiled
@@ -60,13 +61,9 @@ class Model:
 
     @functools.cached_property
     def sha(self) -> str:
-        """Identifies the base weights, at bfloat16 precision so that storage dtype does not matter.
-
-        Reads what tuning leaves alone (final norm, some embeddings): a tuned model has its base's.
-        """
-        parts = self.params["final_norm"]["scale"], self.params["embed"]["embedding"][:64]
-        data = b"".join(np.asarray(p.astype(jnp.bfloat16)).tobytes() for p in parts)
-        return hashlib.sha256(repr(self.arch).encode() + data).hexdigest()[:16]
+        """Identifies the base weights; a tuned model has its base's."""
+        norm_D, table_VxD = self.params["final_norm"]["scale"], self.params["embed"]["embedding"]
+        return weights_sha(self.arch, norm_D, table_VxD[:64])
 
     @property
     def decoder(self) -> Decoder:
@@ -201,7 +198,7 @@ class Model:
             # Up to the token before the first scored one, whose hidden state predicts it.
             prefix, P = self.split_prefix(batch, int(starts_B.min()) - 1, steer)
             tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)
-            logp_B, greedy_B = _score(
+            logp_B, greedy_B = score.continuations(
                 self.decoder,
                 self.params,
                 prefix,
@@ -234,7 +231,9 @@ class Model:
             tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)
             candidates_BxC = candidates_IxC[np.resize(rows, len(tokens))]
             steer_B = as_steer(steer, self.arch, *tokens.shape)
-            logp = _next(self.decoder, self.params, prefix, tokens, mask, candidates_BxC, steer_B)
+            logp = score.candidates(
+                self.decoder, self.params, prefix, tokens, mask, candidates_BxC, steer_B
+            )
             out_IxC[rows] = np.asarray(logp)[: len(rows)]
         return out_IxC
 
@@ -293,8 +292,15 @@ class Model:
         return ids[: stop + 1]
 
 
+def weights_sha(arch: Arch, norm_D: Any, table_64xD: Any) -> str:
+    """Of what tuning leaves alone, at bfloat16 precision so that storage dtype does not matter."""
+    parts = norm_D, table_64xD
+    data = b"".join(np.asarray(p.astype(jnp.bfloat16)).tobytes() for p in parts)
+    return hashlib.sha256(repr(arch).encode() + data).hexdigest()[:16]
+
+
 def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """Loads a Hugging Face folder, a hub id, or a `.gguf` file. Needs no torch.
+    """Loads a Hugging Face folder, a hub id, a `.gguf` file or an Orbax model folder. No torch.
 
     `dtype` is both storage and compute; by default float32 on CPU, bfloat16 on accelerators.
     Without tokenizer files `tokenizer` is None, and what takes text says so.
@@ -322,6 +328,21 @@ def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) ->
         source.eos_ids,
         weights.spelling(source, arch),
     )
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
+    """`model` with a PEFT LoRA adapter merged into its weights.
+
+    Raises:
+      ValueError: no LoRA adapter, one of a kind that is not computed here, or another base's.
+    """
+    flat = traverse_util.flatten_dict(model.params, sep="/")
+    pairs = peft.read_adapter(Path(folder), model.arch, model.sha)
+    for path, layers, change in peft.changes(pairs, model.arch):
+        at = jnp.asarray(layers)
+        merged = flat[path][at].astype(jnp.float32) + change
+        flat[path] = flat[path].at[at].set(merged.astype(flat[path].dtype))
+    return dataclasses.replace(model, params=traverse_util.unflatten_dict(flat, sep="/"))
 
 
 def save_hf(model: Model, folder: str | os.PathLike[str], card: str = "") -> Path:
@@ -402,34 +423,3 @@ def _forward(decoder, params, tokens_BxT, mask_BxT, steer, *, capture):
     if not capture:
         return logits, None
     return logits, collect(sown["intermediates"], decoder.segments, "residual")
-
-
-@partial(jax.jit, static_argnames=("decoder", "L"))
-def _score(decoder, params, prefix, tokens_BxT, mask_BxT, start_B, steer, *, L):
-    """Summed log-probability of the tokens from `start_B` on, and whether each is the argmax."""
-    hidden, _ = apply_after(decoder, params, prefix, tokens_BxT, mask_BxT, steer=steer)
-    at_BxL = start_B[:, None] + jnp.arange(L)
-    real_BxL = at_BxL < mask_BxT.sum(axis=1, keepdims=True)
-    at_BxL = jnp.minimum(at_BxL, tokens_BxT.shape[1] - 1)
-    target_BxL = jnp.take_along_axis(tokens_BxT, at_BxL, axis=1)
-    hidden_BxLxD = jnp.take_along_axis(hidden, at_BxL[..., None] - 1, axis=1)
-
-    def row(args):  # one row at a time: [L, V] logits, never [B, L, V]
-        hidden_LxD, target_L, real_L = args
-        logits_LxV = unembed(decoder, params, hidden_LxD)
-        picked_L = jnp.take_along_axis(logits_LxV, target_L[:, None], axis=1)[:, 0]
-        logp_L = picked_L - jax.nn.logsumexp(logits_LxV, axis=-1)
-        greedy_L = picked_L >= logits_LxV.max(axis=-1)
-        return jnp.sum(logp_L * real_L), jnp.all(greedy_L | ~real_L)
-
-    return jax.lax.map(row, (hidden_BxLxD, target_BxL, real_BxL))
-
-
-@partial(jax.jit, static_argnames=("decoder",))
-def _next(decoder, params, prefix, tokens_BxT, mask_BxT, candidates_BxC, steer):
-    """The last real token of every row predicts its next one."""
-    hidden, _ = apply_after(decoder, params, prefix, tokens_BxT, mask_BxT, steer=steer)
-    last_B = mask_BxT.sum(axis=1) - 1
-    hidden_BxD = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = unembed(decoder, params, hidden_BxD)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits_BxV, axis=-1), candidates_BxC, axis=1)

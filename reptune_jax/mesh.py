@@ -26,6 +26,13 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"mlp/(gate|up)/bias$", PartitionSpec("tensor")),  # [F]
     (r"mlp/down/kernel$", PartitionSpec("tensor", "fsdp")),  # [F, D]
     (r"(scale|norm/bias|attn/o/bias|mlp/down/bias)$", PartitionSpec(None)),  # [D], [Dh], [H*Dh]
+    # Adapters: inputs and outputs lie as those of their kernel, the rank is never split.
+    (r"(attn/[qkv]|mlp/(gate|up))/lora_a$", PartitionSpec("fsdp", None)),  # [D, R]
+    (r"attn/[qkv]/lora_b$", PartitionSpec(None, "tensor", None)),  # [R, H, Dh]
+    (r"attn/o/lora_a$", PartitionSpec("tensor", None, None)),  # [H, Dh, R]
+    (r"mlp/(gate|up)/lora_b$", PartitionSpec(None, "tensor")),  # [R, F]
+    (r"mlp/down/lora_a$", PartitionSpec("tensor", None)),  # [F, R]
+    (r"(attn/o|mlp/down)/lora_b$", PartitionSpec(None, "fsdp")),  # [R, D]
 )
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from reptune_jax import config as configs
 from reptune_jax import lm, mesh
 from reptune_jax.lm import Model
+from reptune_jax.model import attention
 
 PER_RUN = ("arm", "sign", "seed", "study")  # may differ between the runs of one study
 
@@ -74,7 +75,8 @@ def load_model(c: ConfigDict) -> Model:
         raise ValueError(f"{c.model}: has no tokenizer, expected a chat model. Add its files.")
     took = time.monotonic() - began
     say(f"model: {c.model} ({model.arch.family}, {model.dtype}) in {took:.1f} s")
-    say(f"attention: {model.kernel('right')} in training, {model.kernel('any')} elsewhere")
+    training = model.kernel("right") if c.train.flash else attention.XLA
+    say(f"attention: {training} in training, {model.kernel('any')} elsewhere")
     return model
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import program, train
+from reptune_jax import convert, program, train
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.evals import arms, baseline, steering, tuned
 from reptune_jax.evals.bench import prepare
@@ -69,6 +69,8 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
     one = c.copy_and_resolve_references()
     one.arm, one.sign, one.seed = c.study.export, sign, c.study.seeds[0]
     name = program.run_name(one)
+    if c.train.lora.rank:
+        export_adapter(workdir, base, name)
     folder = workdir / "export" / name
     if (folder / "config.json").exists():
         program.say(f"{folder}: already there")
@@ -78,6 +80,17 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
         cond.model, folder, card.model_card(one, studies.read(workdir, c.study.primary or None))
     )
     program.say(f"{folder}: an ordinary Hugging Face checkpoint")
+
+
+def export_adapter(workdir: Path, base: Model, name: str) -> Path:
+    """A LoRA run's adapters as a folder for peft."""
+    folder = workdir / "export" / f"{name}_adapter"
+    if folder.exists():
+        program.say(f"{folder}: already there")
+        return folder
+    convert.write_adapter(folder, convert.read_run(workdir / name), base.arch, base.name)
+    program.say(f"{folder}: its LoRA alone, for peft")
+    return folder
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from reptune_jax import program
 from reptune_jax.config import TUNED_ARMS, armed
 from reptune_jax.lm import Model
-from reptune_jax.tuning import checkpoint, loop
+from reptune_jax.tuning import adapters, checkpoint, loop
 from reptune_jax.tuning.corpus import make_corpus
 from reptune_jax.vectors import extraction
 
@@ -45,6 +45,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
         "model_sha": model.sha,
         "vector": vector.digest,
         "layers": list(c.train.layers),
+        "lora": adapters.about(model.arch, c.train),
     }
     loop.tune(settings, folder, model, vector, make_corpus(settings, workdir, model), meta)
     return folder

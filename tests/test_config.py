@@ -164,6 +164,19 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     assert (folder / "config.json").read_bytes() == before
 
 
+def test_a_folder_that_is_older_than_a_key_is_still_its_configs(tmp_path):
+    folder = config.claim_workdir(tmp_path, settings())
+    path = folder / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["config"]["train"]["lora"]
+    path.write_text(json.dumps(stored))
+    assert config.claim_workdir(folder, settings()) == folder
+    other = settings()
+    other.train.lora.rank = 8
+    with pytest.raises(ValueError, match=r"train.lora.rank: 0 there, 8 now"):
+        config.claim_workdir(folder, other)
+
+
 def test_a_models_folder_is_no_workdir(tmp_path):
     tiny.make_llama(tmp_path)
     with pytest.raises(ValueError, match=r"holds a config.json that is not a run's"):

@@ -100,7 +100,7 @@ def test_a_folder_with_something_in_it_is_refused(model, tmp_path):
     assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("step", ["_write_json", "safetensors_io.save_tensors", "os.replace"])
+@pytest.mark.parametrize("step", ["write_json", "safetensors_io.save_tensors", "os.replace"])
 def test_a_failure_midway_leaves_nothing_behind(step, model, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk gone")

@@ -10,7 +10,7 @@ from reptune_jax import config
 from reptune_jax.data.batches import Batch, Example, Keep, stack_examples
 from reptune_jax.lm import Model
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import loop, partition, retention
+from reptune_jax.tuning import adapters, loop, partition, retention
 from reptune_jax.tuning import step as steps
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -72,7 +72,7 @@ class Case:
 def case(model: Model, c: ConfigDict, v: SteeringVector | None = None, mesh: Any = None) -> Case:
     train = FrozenConfigDict(c.train)
     cuts = partition.segments(model.arch.N, train.layers)
-    trained, frozen = partition.split(model.params, train.layers, train.modules)
+    trained, frozen = adapters.begin(model.arch, model.params, train, c.seed)
     task = loop.make_task(c, vector(model) if v is None else v, frozen)
     decoder = Decoder(model.arch, cuts, model.dtype, train.remat)
     return Case(decoder, steps.init_state(trained, train, mesh), task, train)

@@ -11,7 +11,7 @@ from reptune_jax.config import digest
 from reptune_jax.data.contrast import fold_system, with_system
 from reptune_jax.data.schema import Item
 from reptune_jax.lm import Model
-from reptune_jax.tuning import checkpoint, partition
+from reptune_jax.tuning import adapters, checkpoint
 from reptune_jax.vectors.bake import bake
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -95,6 +95,6 @@ def tuned(model: Model, run: Path) -> Condition:
             f"{run}: tuned from {meta['model']} ({meta['model_sha']}), got base {model.name} "
             f"({model.sha}), expected the same. Load the model it was tuned from."
         )
-    params = partition.overlay(model.params, trained, meta["layers"])
+    params = adapters.overlay(model.params, trained, meta)
     c = meta["config"]
     return Condition(dataclasses.replace(model, params=params), c["arm"], c["sign"], c["seed"])

@@ -1,10 +1,10 @@
 """Out again: an ordinary Hugging Face folder that plain `transformers` loads, with a model card."""
 
+import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,45 @@ def save_folder(
     Raises:
       ValueError: the folder is there and not empty, or a file.
     """
-    folder = Path(folder)
+    with all_or_nothing(folder) as scratch:
+        write_json(scratch / "config.json", config)
+        write_json(scratch / "generation_config.json", generation)
+        tensors = weights.to_hf(params, config["model_type"], spelling)
+        safetensors_io.save_tensors(scratch, tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch folder beside `folder` that becomes it at the end.
+
+    An error removes it. A kill leaves it behind, hidden and under another name; the next attempt
+    begins by removing it.
+
+    Raises:
+      ValueError: the folder is there and not empty, or a file.
+    """
+    folder = Path(folder).absolute()
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise ValueError(
             f"{folder}: is a file or not empty, expected a new folder. Choose another or delete it."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    scratch = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     try:
-        _write_json(scratch / "config.json", config)
-        _write_json(scratch / "generation_config.json", generation)
-        safetensors_io.save_tensors(scratch, weights.to_hf(params, config["model_type"], spelling))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(card, encoding="utf-8")
-        scratch.chmod(0o755)  # mkdtemp's folders are private
+        yield scratch
         if folder.exists():
             folder.rmdir()
         os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return folder
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """As transformers writes its configs."""
     path.write_text(json.dumps(value, indent=2) + "\n")

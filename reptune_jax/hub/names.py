@@ -16,6 +16,14 @@ class Row(NamedTuple):
     conv1d: bool = False  # stored [in, out] (GPT-2's Conv1D); else [out, in]
 
 
+class Spelling(NamedTuple):
+    """Where a checkpoint departs from the table; kept, so that it goes out as it came in."""
+
+    bare: bool = False  # names lack the model's prefix: "h.0…" for "transformer.h.0…"
+    head: str = ""  # its name for the output embedding, if it has one (a tied one: a copy)
+
+
+AS_TABLED = Spelling()
 Table = dict[str, Row]  # our path within a layer (or at the top) -> Row
 
 _L = "model.layers.{l}."

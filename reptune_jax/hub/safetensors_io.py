@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5e9
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -38,6 +40,10 @@ class TensorHandle:
     dtype: np.dtype[Any]
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def read_tensors(folder: Path) -> dict[str, TensorHandle]:
     """Name -> handle of every tensor in an HF folder; reads headers only.
@@ -54,7 +60,7 @@ def read_tensors(folder: Path) -> dict[str, TensorHandle]:
         raise ValueError(f"{folder}: found no *.safetensors weights, {_instead(folder)}")
     tensors: dict[str, TensorHandle] = {}
     for path in files:
-        shard = _read_file(path)
+        shard, _ = read_file(path)
         if both := sorted(tensors.keys() & shard.keys()):
             raise ValueError(
                 f"{folder}: {both[0]} is in {path.name} and in another file, and there is no "
@@ -92,7 +98,7 @@ def _read_sharded(folder: Path) -> dict[str, TensorHandle]:
             )
         if not (folder / shard).exists():
             raise ValueError(f"{folder / INDEX}: names {shard}, which is missing. Download it.")
-        tensors.update(_read_file(folder / shard))
+        tensors.update(read_file(folder / shard)[0])
     if absent := sorted(weight_map.keys() - tensors.keys()):
         raise ValueError(
             f"{folder / INDEX}: {absent[0]} is not in {weight_map[absent[0]]} ({len(absent)} "
@@ -101,15 +107,22 @@ def _read_sharded(folder: Path) -> dict[str, TensorHandle]:
     return {name: tensors[name] for name in weight_map}
 
 
-def _read_file(path: Path) -> dict[str, TensorHandle]:
+def read_file(path: Path) -> tuple[dict[str, TensorHandle], dict[str, str]]:
+    """(name -> handle, metadata) of one file; reads its header only."""
     try:
-        file = safe_open(path, framework="numpy")
+        with safe_open(path, framework="numpy"):  # checks the header against the file's size
+            pass
     except SafetensorError as error:
         raise ValueError(
             f"{path}: got {path.stat().st_size:,} bytes, expected {_expected_bytes(path)} "
             f"({error}). The file is truncated or no safetensors file; download it again."
         ) from None
-    return {name: _handle(path, file, name) for name in file.keys()}  # noqa: SIM118
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    metadata = entries.pop("__metadata__", {})
+    tensors = {name: _handle(path, name, entry, 8 + length) for name, entry in entries.items()}
+    return tensors, metadata
 
 
 def _expected_bytes(path: Path) -> str:
@@ -127,22 +140,27 @@ def _expected_bytes(path: Path) -> str:
     return f"{8 + length + max(ends, default=0):,}"
 
 
-def _handle(path: Path, file: Any, name: str) -> TensorHandle:
-    part = file.get_slice(name)
-    if part.get_dtype() not in _DTYPES:
+def _handle(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorHandle:
+    if entry["dtype"] not in _DTYPES:
         raise ValueError(
-            f"{path}: {name} has dtype {part.get_dtype()}, expected one of {', '.join(_DTYPES)}. "
+            f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}. "
             "Quantized checkpoints are not read: use the unquantized model, or a GGUF file."
         )
-    return TensorHandle(
-        tuple(part.get_shape()), _DTYPES[part.get_dtype()], lambda: file.get_tensor(name)
-    )
+    shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+    start, stop = entry["data_offsets"]
+
+    def read() -> np.ndarray:
+        # Not memory-mapped: pages of a map stay with the process until the whole file is in it.
+        raw = np.fromfile(path, np.uint8, stop - start, offset=base + start)
+        return raw.view(dtype).reshape(shape)
+
+    return TensorHandle(shape, dtype, read)
 
 
 def save_tensors(
     folder: Path | str,
     tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> list[Path]:
     """Writes `model.safetensors`, or shards and an index; returns the files, index last.
 
@@ -168,6 +186,63 @@ def save_tensors(
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+def stream_tensors(
+    folder: Path,
+    specs: Mapping[str, TensorHandle],
+    pairs: Iterable[tuple[str, np.ndarray]],
+    progress: Callable[[int], Any],
+) -> list[Path]:
+    """`save_tensors` for arrays whose shapes are known before: one of them in memory at a time.
+
+    `pairs` come in the order of `specs`, whose `read` is not used. Data must be aligned to its
+    type, so larger types come first. `progress` is told of bytes.
+    """
+    shards = _plan(specs, MAX_SHARD_BYTES)
+    temporary: list[Path] = []
+    source = iter(pairs)
+    for names in shards:
+        temporary.append(folder / f".tmp-{os.getpid()}-{len(temporary):05d}.safetensors")
+        with temporary[-1].open("wb") as file:
+            file.write(_header({name: specs[name] for name in names}))
+            for expected in names:
+                name, array = next(source)
+                assert (name, array.shape) == (expected, specs[name].shape), (name, expected)
+                assert array.dtype == specs[name].dtype, (name, array.dtype)
+                np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
+                progress(array.nbytes)
+                del array  # it may be a view of a leaf, and the next one may be read next
+    return _publish(folder, temporary, shards, sum(s.nbytes for s in specs.values()))
+
+
+def _plan(specs: Mapping[str, TensorHandle], limit: float) -> list[list[str]]:
+    """Names in shards of at most `limit` bytes, in order."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    return shards
+
+
+def _header(specs: Mapping[str, TensorHandle]) -> bytes:
+    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, spec in specs.items():
+        entries[name] = {
+            "dtype": kinds[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
+        }
+        at += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _shards(

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reptune_jax.hub import orbax_io
 from reptune_jax.hub.gguf_io import read_gguf
+from reptune_jax.hub.names import Spelling
 from reptune_jax.hub.safetensors_io import TensorHandle, read_tensors
 from reptune_jax.hub.tokenizer import check_vocabulary, gguf_tokenizer
 
@@ -32,10 +34,12 @@ class Source:
     tokenizer: "PreTrainedTokenizerBase | None" = dataclasses.field(repr=False)
     folder: Path | None  # None for a GGUF file
     eos_ids: tuple[int, ...]  # tokens that end a generation
+    leaves: Mapping[str, TensorHandle] | None = None  # of an Orbax model folder, by our paths
+    spelling: Spelling | None = None  # of the Hugging Face folder that one was made from
 
 
 def open_source(name: str | Path) -> Source:
-    """Opens an HF folder, a hub id (`org/name`, downloaded once) or a `.gguf` file.
+    """Opens an HF folder, a hub id (`org/name`, downloaded once), a `.gguf` or an Orbax folder.
 
     Raises:
       ValueError: nothing there, files missing, damaged or unsafe, or the hub does not give it.
@@ -81,11 +85,13 @@ def _open_folder(name: str, folder: Path) -> Source:
             f"{name}: is quantized ({method}), expected plain weights. "
             "Use the unquantized model, or a GGUF file."
         )
-    tensors = read_tensors(folder)
+    leaves, spelling = orbax_io.read_leaves(folder) if orbax_io.is_model(folder) else (None, None)
+    tensors = read_tensors(folder) if leaves is None else {}
     tokenizer = _tokenizer(folder)
     if tokenizer is not None and "vocab_size" in config:
         check_vocabulary(tokenizer, config["vocab_size"])
-    return Source(name, config, tensors, tokenizer, folder, _folder_eos(folder, config, tokenizer))
+    ends = _folder_eos(folder, config, tokenizer)
+    return Source(name, config, tensors, tokenizer, folder, ends, leaves, spelling)
 
 
 def _config(folder: Path) -> dict[str, Any]:

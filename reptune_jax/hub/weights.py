@@ -10,17 +10,19 @@ checkpoint has written out again goes out as it came in, as a copy of the embedd
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
+from reptune_jax.hub.names import AS_TABLED, Row, Spelling, Table, table
 from reptune_jax.hub.names import TABLE as TABLE  # llama's, for those who know what they have
-from reptune_jax.hub.names import Row, Table, table
+from reptune_jax.hub.safetensors_io import TensorHandle
 from reptune_jax.hub.source import Source
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.transformer import whole
@@ -30,16 +32,6 @@ _IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$|\.attention\.bias$|\.rope_freqs$"
 )
 _HEADS = ("lm_head.weight", "embed_out.weight")  # GPT-NeoX's output embedding has either name
-
-
-class Spelling(NamedTuple):
-    """Where a checkpoint departs from the table; kept, so that it goes out as it came in."""
-
-    bare: bool = False  # names lack the model's prefix: "h.0…" for "transformer.h.0…"
-    head: str = ""  # its name for the output embedding, if it has one (a tied one: a copy)
-
-
-AS_TABLED = Spelling()
 
 
 @functools.lru_cache
@@ -52,6 +44,8 @@ def abstract_params(arch: Arch) -> dict[str, jax.ShapeDtypeStruct]:
 
 def spelling(source: Source, arch: Arch) -> Spelling:
     """How `source` names what `arch` has."""
+    if source.spelling is not None:
+        return source.spelling
     prefix, embed = _prefix(table(arch.family))
     head = next((name for name in _HEADS if name in source.tensors), "")
     return Spelling(
@@ -66,9 +60,13 @@ def load_params(source: Source, arch: Arch, dtype: Any) -> dict[str, Any]:
       ValueError: names every missing, unknown and mis-shaped tensor at once; or every tensor
         with a NaN or an infinity.
     """
-    names, leaves = _names(arch.family, spelling(source, arch)), abstract_params(arch)
-    _check(source, arch, names, leaves)
-    flat = {path: np.empty(leaf.shape, dtype) for path, leaf in leaves.items()}
+    if source.leaves is not None:
+        handles = leaves(source, arch, dtype).items()
+        bar = tqdm(handles, desc="loading weights", delay=2, leave=False)
+        return traverse_util.unflatten_dict({p: h.read() for p, h in bar}, sep="/")
+    names, shapes = _names(arch.family, spelling(source, arch)), abstract_params(arch)
+    _check(source, arch, names, shapes)
+    flat = {path: np.empty(leaf.shape, dtype) for path, leaf in shapes.items()}
     broken = []
     tensors = list(_tensors(flat, names))
     for name, parts in tqdm(tensors, desc="loading weights", delay=2, leave=False):
@@ -77,30 +75,118 @@ def load_params(source: Source, arch: Arch, dtype: Any) -> dict[str, Any]:
             broken.append(name)
         _split(tensor, parts)
     if broken:
-        raise ValueError(
-            f"{source.name}: {len(broken)} tensors have NaN or infinite weights, expected finite "
-            f"ones: {', '.join(broken[:10])}{', …' if len(broken) > 10 else ''}. "
-            "The checkpoint is damaged or its training diverged; use another."
-        )
+        raise _not_finite(source, broken)
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def leaves(source: Source, arch: Arch, dtype: Any = None) -> dict[str, TensorHandle]:
+    """Path -> handle of every stacked leaf, of `dtype` or as stored; read one at a time.
+
+    Raises:
+      ValueError: names every missing, unknown and mis-shaped tensor at once; on reading, the
+        tensor that has a NaN or an infinity.
+    """
+    shapes = abstract_params(arch)
+    if source.leaves is not None:
+        _check_leaves(source, shapes)
+        return {path: _cast(source.leaves[path], dtype) for path in shapes}
+    names = _names(arch.family, spelling(source, arch))
+    _check(source, arch, names, shapes)
+    return {path: _stacked(source, path, names, shapes, dtype) for path in shapes}
+
+
+def _stacked(
+    source: Source,
+    path: str,
+    names: Table,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    dtype: Any,
+) -> TensorHandle:
+    """The leaf of all layers; layers stored in different types meet in one that holds them all."""
+    shape, row = shapes[path].shape, names[path]
+    stacked = "{l}" in row.hf
+    tensors = [row.hf.format(l=l) for l in range(shape[0] if stacked else 1)]
+    stored = (source.tensors[name].dtype for name in tensors)
+    to = np.dtype(dtype or functools.reduce(jnp.promote_types, stored))
+    paths = [p for p in names if p in shapes and names[p].hf == row.hf]  # fused with it
+    parts = [(shapes[p].shape[1:] if stacked else shapes[p].shape, names[p]) for p in paths]
+
+    def read() -> np.ndarray:
+        out = np.empty(shape, to)
+        for name, leaf in zip(tensors, out if stacked else [out], strict=True):
+            tensor = source.tensors[name].read()
+            if not _finite(tensor):
+                raise _not_finite(source, [name])
+            _outputs_first(leaf, row)[...] = _pieces(tensor, parts)[paths.index(path)]
+        return out
+
+    return TensorHandle(shape, to, read)
+
+
+def _cast(leaf: TensorHandle, dtype: Any) -> TensorHandle:
+    to = np.dtype(dtype or leaf.dtype)
+    return TensorHandle(leaf.shape, to, lambda: leaf.read().astype(to, copy=False))
+
+
+def _not_finite(source: Source, broken: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{source.name}: {len(broken)} tensors have NaN or infinite weights, expected finite "
+        f"ones: {', '.join(broken[:10])}{', …' if len(broken) > 10 else ''}. "
+        "The checkpoint is damaged or its training diverged; use another."
+    )
+
+
+def hf_specs(
+    found: Mapping[str, TensorHandle], family: str, spelling: Spelling = AS_TABLED
+) -> dict[str, TensorHandle]:
+    """Name -> shape and type of every tensor that `to_hf` makes of these leaves, in its order."""
+    names, specs = _names(family, spelling), {}
+    flat = _with_head(found, spelling)
+    for paths in _groups(flat, names):
+        blank = {p: np.broadcast_to(np.int8(0), flat[p].shape) for p in paths}
+        for name, parts in _tensors(blank, names):
+            shape, first = _hf_shape(parts), flat[paths[0]]
+            specs[name] = TensorHandle(shape, first.dtype, first.read)
+    return specs
 
 
 def to_hf(
     params: Mapping[str, Any], family: str, spelling: Spelling = AS_TABLED, dtype: Any = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (Hugging Face name, array) for every tensor, in the table's order."""
-    names, flat = _names(family, spelling), traverse_util.flatten_dict(params, sep="/")
-    if spelling.head and "head/embedding" not in flat:
-        flat["head/embedding"] = flat["embed/embedding"]
-    # Only paths here: fetching all leaves from the devices at once would need their size again.
-    for path in names:
-        parts = [p for p in names if names[p].hf == names[path].hf and p in flat]
-        if not parts or parts[0] != path:
-            continue
-        leaves = {p: np.asarray(flat[p]) for p in parts}
-        for name, found in _tensors(leaves, names):
-            out = _join(found)
+    """Yields (Hugging Face name, array) for every tensor; leaves of larger types come first.
+
+    Leaves may be handles: each is read when its turn comes, and let go after it.
+    """
+    names = _names(family, spelling)
+    flat = _with_head(traverse_util.flatten_dict(params, sep="/"), spelling)
+    for paths in _groups(flat, names):
+        found = {p: _array(flat[p]) for p in paths}
+        for name, parts in _tensors(found, names):
+            out = _join(parts)
             yield name, out if dtype is None else out.astype(dtype)
+        del found, parts, out  # else two groups are held while the next is read
+
+
+def _array(leaf: Any) -> np.ndarray:
+    return leaf.read() if isinstance(leaf, TensorHandle) else np.asarray(leaf)
+
+
+def _with_head(flat: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
+    """With the copy of the embedding that a tied checkpoint had written out."""
+    if spelling.head and "head/embedding" not in flat:
+        return {**flat, "head/embedding": flat["embed/embedding"]}
+    return dict(flat)
+
+
+def _groups(flat: Mapping[str, Any], names: Table) -> list[list[str]]:
+    """Paths that make up the same tensors, in the table's order.
+
+    Larger types first, which keeps a file's data aligned.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in (p for p in names if p in flat):
+        groups.setdefault(names[path].hf, []).append(path)
+    return sorted(groups.values(), key=lambda paths: -flat[paths[0]].dtype.itemsize)
 
 
 def _prefix(names: Table) -> tuple[str, str]:
@@ -127,11 +213,8 @@ Parts = list[tuple[np.ndarray, Row]]  # unstacked leaves of ours that one tensor
 
 def _tensors(flat: Mapping[str, Any], names: Table) -> Iterator[tuple[str, Parts]]:
     """(name, its parts) for every tensor in a checkpoint, layer by layer within a row."""
-    whole: dict[str, list[str]] = {}
-    for path in names:  # the table's order is that of the parts
-        if path in flat:
-            whole.setdefault(names[path].hf, []).append(path)
-    for hf, paths in whole.items():
+    for paths in _groups(flat, names):
+        hf = names[paths[0]].hf
         rows = [names[path] for path in paths]
         if "{l}" not in hf:
             yield hf, [(flat[path], row) for path, row in zip(paths, rows, strict=True)]
@@ -156,18 +239,25 @@ def _join(parts: Parts) -> np.ndarray:
 
 def _split(tensor: np.ndarray, parts: Parts) -> None:
     """The tensor -> into our leaves."""
-    row, start = parts[0][1], 0
+    pieces = _pieces(tensor, [(leaf.shape, row) for leaf, row in parts])
+    for (leaf, row), piece in zip(parts, pieces, strict=True):
+        _outputs_first(leaf, row)[...] = piece  # a view of the leaf: writing here fills it
+
+
+def _pieces(tensor: np.ndarray, parts: Sequence[tuple[tuple[int, ...], Row]]) -> list[np.ndarray]:
+    """The tensor -> its part for each leaf of these shapes, laid outputs first."""
+    row, start, out = parts[0][1], 0, []
+    laid = [_moved(shape, row) for shape, row in parts]
     if row.conv1d:
         tensor = tensor.T
     if row.by_head:
-        H = _outputs_first(*parts[0]).shape[0]
-        tensor = tensor.reshape(H, -1, *tensor.shape[1:])
-    for leaf, row in parts:
-        laid = _outputs_first(leaf, row)  # a view of the leaf: writing here fills it
-        size = laid.shape[1] if row.by_head else _flat_shape(laid.shape, row)[0]
+        tensor = tensor.reshape(laid[0][0], -1, *tensor.shape[1:])
+    for shape in laid:
+        size = shape[1] if row.by_head else _flat_shape(shape, row)[0]
         piece = tensor[:, start : start + size] if row.by_head else tensor[start : start + size]
-        laid[...] = piece.reshape(laid.shape)
+        out.append(piece.reshape(shape))
         start += size
+    return out
 
 
 def _outputs_first(leaf: np.ndarray, row: Row) -> np.ndarray:
@@ -196,6 +286,13 @@ def _hf_shape(parts: Parts) -> tuple[int, ...]:
     return shape[::-1] if row.conv1d else shape
 
 
+def matrix_shape(family: str, path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(out, in) of our (unstacked) kernel."""
+    row = table(family)[path]
+    out, inputs = _flat_shape(_moved(shape, row), row)
+    return out, inputs
+
+
 def _moved(shape: tuple[int, ...], row: Row) -> tuple[int, ...]:
     return (*shape[row.inputs :], *shape[: row.inputs])
 
@@ -204,6 +301,18 @@ def _finite(tensor: np.ndarray) -> bool:
     if tensor.dtype == ml_dtypes.bfloat16:  # numpy has no fast way: look at the exponent's bits
         return not bool(((tensor.view(np.uint16) & 0x7F80) == 0x7F80).any())
     return bool(np.isfinite(tensor).all())
+
+
+def _check_leaves(source: Source, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    found = {path: leaf.shape for path, leaf in (source.leaves or {}).items()}
+    expected = {path: leaf.shape for path, leaf in shapes.items()}
+    wrong = [p for p in found.keys() | expected.keys() if found.get(p) != expected.get(p)]
+    if wrong:
+        path = min(wrong)
+        raise ValueError(
+            f"{source.name}: {len(wrong)} leaves do not fit config.json, such as {path}: got shape "
+            f"{found.get(path)}, expected {expected.get(path)}. Convert the model again."
+        )
 
 
 def _check(

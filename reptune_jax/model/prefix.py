@@ -56,13 +56,13 @@ def apply_after(
 def _spread(decoder: Decoder, params: dict[str, Any], prefix: Prefix, mask_BxS: jax.Array) -> Cache:
     """A cache of B rows that holds the prefix, computed for one of them."""
     B, S = mask_BxS.shape
-    cache = init_cache(decoder.arch, 1, S, decoder.dtype)
+    empty = init_cache(decoder.arch, 1, S, decoder.dtype)
     _, cache = decoder.apply(
         {"params": params},
         prefix.tokens_1xP,
         jnp.ones((1, S), mask_BxS.dtype),
         steer=prefix.steer,
-        cache=cache,
+        cache=empty,
         slot=0,
     )
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (a.shape[0], B, *a.shape[2:])), cache)

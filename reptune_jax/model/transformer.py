@@ -225,7 +225,7 @@ class Decoder(nn.Module):
         for name, length in self.segments:
             scan = nn.scan(
                 block,
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "lora": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=length,

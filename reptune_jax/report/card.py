@@ -26,7 +26,7 @@ tokenizer = AutoTokenizer.from_pretrained("this/folder")
 | what | value |
 |---|---|
 | arm, seed | {arm}, {seed} |
-| trained | layers {first} to {last}, weights {modules}, {steps} steps of {batch} |
+| trained | layers {first} to {last}, {what} {modules}, {steps} steps of {batch} |
 | vector | {method} at position `{position}`, {pairs} pairs, sha256 {sha} |
 | effect on held-out prompts ({measure}) | {effect} against the base model |
 | KL(base, this) on neutral prose | {kl:.4f} nats/token |
@@ -53,6 +53,7 @@ def model_card(c: ConfigDict, study: Study) -> str:
         seed=c.seed,
         first=c.train.layers[0],
         last=c.train.layers[1] - 1,
+        what=f"LoRA of rank {c.train.lora.rank} on" if c.train.lora.rank else "weights",
         modules=", ".join(c.train.modules),
         steps=c.train.steps,
         batch=c.train.batch,

@@ -21,12 +21,19 @@ def layer_flops(arch: Arch, tokens: int, T: int) -> float:
 
 
 def step_flops(
-    arch: Arch, layers: tuple[int, int], trained: int, tokens: int, T: int, heads: int
+    arch: Arch,
+    layers: tuple[int, int],
+    trained: int,
+    tokens: int,
+    T: int,
+    heads: int,
+    adapters: int = 0,
 ) -> dict[str, float]:
     """FLOPs of one training step over `tokens` tokens in rows of T.
 
     forward: every layer, and the head at `heads` positions. activations: the gradient with respect
     to them, in and above the tuned layers, and through the head. weights: `trained` weights only.
+    Those of them that are `adapters` are products of their own, in the forward pass and back.
     """
     first, _ = layers
     head = 2.0 * heads * arch.D * arch.V
@@ -34,8 +41,8 @@ def step_flops(
     # Attention's backward has two products for each forward one.
     attention = 2.0 * tokens * 2 * T * arch.H * arch.Dh
     parts = {
-        "forward": arch.N * layer + head,
-        "activations": (arch.N - first) * (layer + attention) + head,
+        "forward": arch.N * layer + head + 2.0 * tokens * adapters,
+        "activations": (arch.N - first) * (layer + attention) + head + 2.0 * tokens * adapters,
         "weights": 2.0 * tokens * trained,
     }
     return {**parts, "total": float(np.sum(list(parts.values())))}
@@ -49,10 +56,12 @@ def describe(arch: Arch, train: FrozenConfigDict, trained: Flat, batch: Batch) -
         rows += batch.keep.tokens_BxT.shape[0]
         heads += 2 * batch.keep.at_BxL.size  # the base's logits and the model's
     size = sum(leaf.size for leaf in trained.values())
-    flops = step_flops(arch, train.layers, size, rows * T, T, heads)
+    rank = train.lora.rank
+    flops = step_flops(arch, train.layers, size, rows * T, T, heads, size if rank else 0)
     first, stop = train.layers
+    what = f"weights of LoRA adapters of rank {rank}" if rank else "weights"
     return (
-        f"training {size:,} weights ({', '.join(train.modules)} of layers {first} to {stop - 1}), "
+        f"training {size:,} {what} ({', '.join(train.modules)} of layers {first} to {stop - 1}), "
         f"{rows} rows of {T} tokens, {flops['total'] / 1e12:.2f} TFLOP a step"
     )
 

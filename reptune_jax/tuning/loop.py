@@ -15,8 +15,9 @@ from reptune_jax import mesh as meshes
 from reptune_jax import program
 from reptune_jax.data.batches import Batch, Keep, Rows, choose_rows
 from reptune_jax.lm import Model
+from reptune_jax.model import attention
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import checkpoint, cost, partition
+from reptune_jax.tuning import adapters, checkpoint, cost, partition
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.log import Log
 from reptune_jax.tuning.losses import CosineLoss
@@ -45,7 +46,8 @@ def make_task(c: ConfigDict, vector: SteeringVector, frozen: dict[str, Any]) -> 
         jnp.float32(c.sign), jnp.float32(into), jnp.float32(1 - into), jnp.asarray(layer_N)
     )
     weight_3 = jnp.array([c.loss.token, c.loss.cosine, c.loss.retain], jnp.float32)
-    return steps.Task(frozen, vector.probe(c.loss.center), cosine, weight_3)
+    scale = jnp.float32(adapters.scale(c.train.lora))
+    return steps.Task(frozen, vector.probe(c.loss.center), cosine, weight_3, scale)
 
 
 def tune(
@@ -54,8 +56,9 @@ def tune(
     """Trains into `folder`; resumes from its newest checkpoint; returns at once when it is done."""
     train = FrozenConfigDict(c.train)
     cuts = partition.segments(model.arch.N, train.layers)
-    decoder = Decoder(model.arch, cuts, model.dtype, train.remat, model.kernel("right"))
-    trained, frozen = partition.split(model.params, train.layers, train.modules)
+    kernel = model.kernel("right") if train.flash else attention.XLA
+    decoder = Decoder(model.arch, cuts, model.dtype, train.remat, kernel)
+    trained, frozen = adapters.begin(model.arch, model.params, train, c.seed)
     task = make_task(c, vector, frozen)
     mesh = meshes.mesh_of(model.params)
     state = steps.init_state(trained, train, mesh)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from reptune_jax.model import lora
 from reptune_jax.model.transformer import Segments
 
 Flat = dict[str, jax.Array]  # path -> array
@@ -54,9 +55,12 @@ def split(
 
 
 def merge(trained: Flat, frozen: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """The segmented tree a forward pass takes; masters are cast once, before the scan."""
+    """The segmented tree a forward pass takes; masters are cast once, before the scan.
+
+    Adapters are no weights of that tree: `lora.variables` makes them a collection beside it.
+    """
     flat = traverse_util.flatten_dict(frozen["tuned"], sep="/")
-    flat |= {path: leaf.astype(dtype) for path, leaf in trained.items()}
+    flat |= {path: leaf.astype(dtype) for path, leaf in trained.items() if not lora.is_leaf(path)}
     return {**frozen, "tuned": traverse_util.unflatten_dict(flat, sep="/")}
 
 

@@ -18,6 +18,7 @@ from ml_collections import FrozenConfigDict
 
 from reptune_jax import mesh as meshes
 from reptune_jax.data.batches import Batch
+from reptune_jax.model import lora
 from reptune_jax.model.intervene import Probe
 from reptune_jax.model.transformer import Decoder, collect, unembed
 from reptune_jax.tuning import losses
@@ -43,6 +44,7 @@ class Task:
     probe: Probe
     cosine: losses.CosineLoss
     weight_3: jax.Array  # of LOSSES
+    scale: jax.Array | float = 1.0  # of adapters
 
 
 def schedule(train: FrozenConfigDict) -> optax.Schedule:
@@ -92,9 +94,11 @@ def sums(
     if keep is not None:
         tokens = jnp.concatenate([tokens, keep.tokens_BxT])
         mask = jnp.concatenate([mask, keep.mask_BxT])
-    (hidden, _), sown = decoder.apply(
-        {"params": params}, tokens, mask, probe=task.probe, mutable=["intermediates"]
-    )
+    variables = {"params": params, **lora.variables(trained, task.scale, "tuned", decoder.dtype)}
+    with lora.applied():
+        (hidden, _), sown = decoder.apply(
+            variables, tokens, mask, probe=task.probe, mutable=["intermediates"]
+        )
     B = b.tokens_BxT.shape[0]
     cosine_NxBxT = collect(sown["intermediates"], decoder.segments, "cosine")[:, :B]
 
