@@ -15,6 +15,7 @@ PROGRAMS = {
     "tuned": "reptune_jax.evals.tuned",
     "report": "reptune_jax.report",
     "chat": "reptune_jax.chat",
+    "plan": "reptune_jax.plan",
 }
 
 

@@ -48,6 +48,8 @@ _POSITIVE: tuple[str, ...] = (
 )
 _POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.keep")
 _POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
+# What may change between two starts of one run.
+_PASSING = ("chat", "mesh", "train.save_every", "train.save_minutes", "train.profile")
 _POSITIONS = ("response", "last", "before_answer", "all")
 
 
@@ -136,6 +138,9 @@ def _train() -> ConfigDict:
     c.eval_every = 10
     c.patience = 3  # evaluations without improvement before stopping; 0 = never
     c.keep = 1  # checkpoints kept besides the best
+    c.save_every = 0  # steps between checkpoints besides those of evaluations, 0 = no others
+    c.save_minutes = 0.0  # at most about so long between two checkpoints, 0 = no limit
+    c.profile = (0, 0)  # [first, stop) steps traced for TensorBoard or Perfetto; (0, 0) = none
     return c
 
 
@@ -207,6 +212,9 @@ def check(config: ConfigDict) -> ConfigDict:
     for key in _POSITIVE:
         if not _get(out, key) > 0:
             raise ValueError(f"{key}: got {_get(out, key)}, expected more than 0.")
+    for key in ("train.save_every", "train.save_minutes"):
+        if not _get(out, key) >= 0:
+            raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (never) or more.")
     for key in ("train.layers", "loss.layers"):
         value = _get(out, key)
         if len(value) != 2 or not 0 <= value[0] < value[1]:
@@ -229,7 +237,7 @@ def check(config: ConfigDict) -> ConfigDict:
 
 def digest(config: ConfigDict) -> str:
     """Identifies the resolved values, whatever file they came from."""
-    text = json.dumps(_lasting(config), sort_keys=True, default=list)
+    text = json.dumps(lasting(config.to_dict()), sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -241,7 +249,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
     """
     folder = Path(workdir)
     path = folder / "config.json"
-    values = json.loads(json.dumps(_lasting(config)))
+    values = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "chat"}))
     if path.exists():
         stored = json.loads(path.read_text())
         if "config" not in stored:
@@ -249,11 +257,8 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
                 f"workdir {folder}: holds a config.json that is not a run's, expected a new folder "
                 "or a run's. Use another --workdir."
             )
-        was = _flatten(stored["config"])
-        now = _flatten(values)
-        changed = [k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
-        if changed:
-            lines = "\n  ".join(f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in changed)
+        if changed := differences(stored["config"], values):
+            lines = "\n  ".join(changed)
             raise ValueError(
                 f"workdir {folder}: holds a run of another config:\n  {lines}\n"
                 "Use another --workdir, or the same config to resume."
@@ -264,6 +269,13 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
     scratch.write_text(json.dumps({"config": values, **environment()}, indent=1) + "\n")
     os.replace(scratch, path)
     return folder
+
+
+def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: value there, value now` for every key that a result may depend on."""
+    was, new = (_flatten(lasting(json.loads(json.dumps(tree)))) for tree in (there, now))
+    changed = [k for k in sorted(was.keys() | new.keys()) if was.get(k) != new.get(k)]
+    return [f"{k}: {was.get(k)!r} there, {new.get(k)!r} now" for k in changed]
 
 
 def environment() -> dict[str, Any]:
@@ -288,9 +300,11 @@ def _git_commit() -> str:
         return ""  # installed from a wheel
 
 
-def _lasting(config: ConfigDict) -> dict[str, Any]:
-    """The values that a result may depend on: all but chat's."""
-    return {key: value for key, value in config.to_dict().items() if key != "chat"}
+def lasting(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that a result may depend on: not chat's, the devices', or when to save."""
+    kept = {key: value for key, value in values.items() if key not in _PASSING}
+    train = kept.get("train", {})
+    return kept | {"train": {k: v for k, v in train.items() if f"train.{k}" not in _PASSING}}
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:

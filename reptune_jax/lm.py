@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from reptune_jax import distributed
 from reptune_jax import mesh as meshes
 from reptune_jax.hub import export, weights
 from reptune_jax.hub import source as sources
@@ -26,7 +27,7 @@ from reptune_jax.model import arch as archs
 from reptune_jax.model import decode
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Steer
-from reptune_jax.model.transformer import Decoder, collect, init_cache, unembed, whole
+from reptune_jax.model.transformer import Cache, Decoder, collect, init_cache, unembed, whole
 
 _BUCKET = 16  # token lengths are rounded up to this, so that few shapes are compiled
 
@@ -64,12 +65,16 @@ class Model:
         Reads what tuning leaves alone (final norm, some embeddings): a tuned model has its base's.
         """
         parts = self.params["final_norm"]["scale"], self.params["embed"]["embedding"][:64]
-        data = b"".join(np.asarray(p.astype(jnp.bfloat16)).tobytes() for p in parts)
+        data = b"".join(meshes.fetch(p.astype(jnp.bfloat16)).tobytes() for p in parts)
         return hashlib.sha256(repr(self.arch).encode() + data).hexdigest()[:16]
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        return meshes.mesh_of(self.params)
 
     @property
     def decoder(self) -> Decoder:
-        return whole(self.arch, self.dtype)
+        return whole(self.arch, self.dtype, meshes.rows_of(self.mesh))
 
     def forward(
         self,
@@ -146,16 +151,15 @@ class Model:
         new_BxM, _ = decode.generate(
             self.decoder,
             self.params,
-            jnp.asarray(tokens_BxT),
-            jnp.asarray(mask_BxT),
-            init_cache(self.arch, B, T + max_new, self.dtype),
+            *meshes.put_rows((tokens_BxT, mask_BxT), self.mesh),
+            _empty_cache(self, B, T + max_new),
             as_steer(steer, self.arch, B, T + 1),
             jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
             jnp.float32(temperature),
             jax.random.key(seed),
             max_new=max_new,
         )
-        return np.asarray(new_BxM)
+        return meshes.fetch(new_BxM)
 
     def loglikelihood(
         self,
@@ -189,14 +193,12 @@ class Model:
             logp_B, greedy_B = _score(
                 self.decoder,
                 self.params,
-                jnp.asarray(tokens),
-                jnp.asarray(mask),
-                jnp.asarray(starts_B),
+                *meshes.put_rows((tokens, mask, starts_B), self.mesh),
                 as_steer(steer, self.arch, *tokens.shape),
                 L=-(-max(len(ids[r]) - starts[r] for r in rows) // _BUCKET) * _BUCKET,
             )
             for r, logp, greedy in zip(
-                rows, np.asarray(logp_B), np.asarray(greedy_B), strict=False
+                rows, meshes.fetch(logp_B), meshes.fetch(greedy_B), strict=False
             ):
                 out[r] = float(logp), bool(greedy)
         return out
@@ -214,10 +216,11 @@ class Model:
         size = max(1, min(batch_size, len(prompts)))
         for rows in batches_by_length([len(p) for p in prompts], size):
             tokens, mask = pad([prompts[r] for r in rows], self.pad_id, left=True, rows=size)
-            candidates_BxC = candidates_IxC[np.resize(rows, len(tokens))]
+            candidates = candidates_IxC[np.resize(rows, len(tokens))]
+            batch = meshes.put_rows((tokens, mask, candidates), self.mesh)
             steer_B = as_steer(steer, self.arch, *tokens.shape)
-            logp = _next(self.decoder, self.params, tokens, mask, candidates_BxC, steer_B)
-            out_IxC[rows] = np.asarray(logp)[: len(rows)]
+            logp = _next(self.decoder, self.params, *batch, steer_B)
+            out_IxC[rows] = meshes.fetch(logp)[: len(rows)]
         return out_IxC
 
     @property
@@ -281,14 +284,21 @@ def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) ->
 def save_hf(model: Model, folder: str | os.PathLike[str], card: str = "") -> Path:
     """Writes an ordinary Hugging Face folder that plain `transformers` loads; see `hub.export`."""
     config = {k: v for k, v in model.config.items() if k != "torch_dtype"}  # old name of dtype
-    return export.save_folder(
-        folder,
-        {**config, "dtype": model.dtype.name},
-        model.params,
-        model.tokenizer,
-        {"eos_token_id": list(model.stop_ids) or None, "pad_token_id": model.pad_id},
-        card or f"# {Path(folder).name}\n\nExported from {model.name} by reptune_jax.\n",
+    # From several hosts all weights must come together; else they are read one by one.
+    params = model.params if jax.process_count() == 1 else meshes.fetch(model.params)
+    card = card or f"# {Path(folder).name}\n\nExported from {model.name} by reptune_jax.\n"
+    generation = {"eos_token_id": list(model.stop_ids) or None, "pad_token_id": model.pad_id}
+    distributed.once(
+        lambda: export.save_folder(
+            folder,
+            {**config, "dtype": model.dtype.name},
+            params,
+            model.tokenizer,
+            generation,
+            card,
+        )
     )
+    return Path(folder)
 
 
 def default_dtype() -> str:
@@ -301,6 +311,19 @@ def as_steer(steer: Steerable | Steer | None, arch: Arch, B: int, T: int) -> Ste
     if steer is None or isinstance(steer, Steer):
         return steer
     return steer.steer(arch, B, T)
+
+
+def _empty_cache(model: Model, B: int, S: int) -> Cache:
+    if model.mesh is None:
+        return init_cache(model.arch, B, S, model.dtype)
+    where = meshes.cache_sharding(model.mesh, B, model.arch.K)
+    return _sharded_cache(where)(model.arch, B, S, model.dtype)
+
+
+@functools.lru_cache
+def _sharded_cache(where: jax.sharding.NamedSharding) -> Any:
+    """Born in its layout: on one device it might not fit."""
+    return jax.jit(init_cache, static_argnums=(0, 1, 2, 3), out_shardings=where)
 
 
 def _check_batched(ids: Sequence[Sequence[int]], steer: Any) -> None:

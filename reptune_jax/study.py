@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import program, train
+from reptune_jax import distributed, program, train
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.evals import arms, baseline, steering, tuned
 from reptune_jax.evals.bench import prepare
@@ -42,8 +42,9 @@ def run(c: ConfigDict, workdir: Path) -> None:
     if "steer" in c.study.arms:
         with timed("steering: sweep on validation, test of the chosen doses"):
             steering.run(c, workdir, bench)
+    report = workdir / "report" / "index.html"
     with timed("report"):
-        report = html.write(studies.read(workdir, c.study.primary or None))
+        distributed.once(lambda: html.write(studies.read(workdir, c.study.primary or None)))
     if c.study.export:
         with timed("export to Hugging Face"):
             for sign in c.study.signs:
@@ -67,7 +68,7 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
     one.arm, one.sign, one.seed = c.study.export, sign, c.study.seeds[0]
     name = program.run_name(one)
     folder = workdir / "export" / name
-    if (folder / "config.json").exists():
+    if distributed.exists(folder / "config.json"):
         program.say(f"{folder}: already there")
         return
     cond = arms.tuned(base, workdir / name)
@@ -79,7 +80,8 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Says what begins, and how long it took."""
+    """Says what begins, and how long it took; a SIGTERM is heeded before it."""
+    program.heed_stop(f"before {what}")
     program.say(f"==> {what}")
     began = time.monotonic()
     yield
@@ -87,4 +89,4 @@ def timed(what: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    program.main(run, __doc__)
+    program.main(run, __doc__, trains=True)

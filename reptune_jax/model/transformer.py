@@ -40,6 +40,14 @@ class Shared:
     steer_token_BxT: jax.Array | None
     read_BxPxT: jax.Array | None
     keep_residual: bool = flax.struct.field(pytree_node=False, default=False)
+    rows: Any = flax.struct.field(pytree_node=False, default=None)
+
+    def by_rows(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Left alone, XLA may split D as the weights are, and then sums activations over devices
+        instead of gathering the weights, which are smaller."""
+        return (
+            x_BxTxD if self.rows is None else jax.lax.with_sharding_constraint(x_BxTxD, self.rows)
+        )
 
 
 @flax.struct.dataclass
@@ -117,6 +125,7 @@ class Block(nn.Module):
         self, carry: tuple[jax.Array, Cache | None], layer: PerLayer, shared: Shared
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x_BxTxD, cache = carry
+        x_BxTxD = shared.by_rows(x_BxTxD)
 
         def norm(name: str) -> nn.RMSNorm:
             return nn.RMSNorm(epsilon=self.arch.norm_eps, dtype=self.dtype, name=name)
@@ -151,6 +160,7 @@ class Decoder(nn.Module):
     segments: Segments
     dtype: Any = jnp.float32
     remat: str = "none"
+    rows: Any = None  # sharding of the residual stream on a mesh
 
     def setup(self) -> None:
         a = self.arch
@@ -202,6 +212,7 @@ class Decoder(nn.Module):
             steer_token_BxT=steer.token_BxT if steer else None,
             read_BxPxT=read_BxPxT,
             keep_residual=keep_residual,
+            rows=self.rows,
         )
         layers = PerLayer(
             jnp.arange(self.arch.N),
@@ -212,7 +223,7 @@ class Decoder(nn.Module):
         for name, length in self.segments:
             carry, _ = getattr(self, name)(carry, layers.slice(start, start + length), shared)
             start += length
-        hidden_BxTxD = self.final_norm(carry[0])
+        hidden_BxTxD = self.final_norm(shared.by_rows(carry[0]))
         if self.is_initializing():
             self.logits(hidden_BxTxD)
         return hidden_BxTxD, carry[1]
@@ -228,9 +239,9 @@ class Decoder(nn.Module):
         )
 
 
-def whole(arch: Arch, dtype: Any = jnp.float32) -> Decoder:
+def whole(arch: Arch, dtype: Any = jnp.float32, rows: Any = None) -> Decoder:
     """The decoder in one segment, for inference."""
-    return Decoder(arch, (("blocks", arch.N),), dtype)
+    return Decoder(arch, (("blocks", arch.N),), dtype, rows=rows)
 
 
 def unembed(decoder: Decoder, params: Any, hidden_xD: jax.Array) -> jax.Array:
