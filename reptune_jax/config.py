@@ -219,6 +219,12 @@ def check(config: ConfigDict) -> ConfigDict:
         value = _get(out, key)
         if len(value) != 2 or not 0 <= value[0] < value[1]:
             raise ValueError(f"{key}: got {value}, expected first < stop. Example: (10, 20).")
+    first, stop = out.train.profile
+    if (first, stop) != (0, 0) and not 0 <= first < stop <= out.train.steps:
+        raise ValueError(
+            f"train.profile: got {(first, stop)}, expected first < stop <= train.steps="
+            f"{out.train.steps}, or (0, 0) for none."
+        )
     for key in ("vector.position", "loss.position"):
         _check_position(key, _get(out, key))
     for arm in out.study.arms:

@@ -205,6 +205,14 @@ def test_saves_by_step_and_by_time_change_nothing_else(model, behavior, tmp_path
     assert 0 < seconds[0] < seconds[1]
 
 
+def test_the_steps_of_a_window_are_traced(model, behavior, tmp_path):
+    c = tiny_behavior.settings(model.name, behavior, train__steps=3, train__profile=(1, 3))
+    folder = train.run(c, tmp_path, model)
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match=r"train.profile: got \(2, 9\), expected first < stop <="):
+        tiny_behavior.settings(model.name, behavior, train__profile=(2, 9))
+
+
 def test_what_is_left_counts_the_time_of_earlier_starts(tmp_path, capsys):
     with Log(tmp_path, 40, 10, writes=False, spent=3000.0) as log:
         log.begin()

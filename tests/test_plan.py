@@ -1,6 +1,7 @@
 """The plan, and what the real TPU compiler says of the programs this package runs."""
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from reptune_jax import config, plan
 from reptune_jax import mesh as meshes
 from reptune_jax.model import arch as archs
 from reptune_jax.model import decode
-from reptune_jax.model.transformer import init_cache, whole
+from reptune_jax.model.transformer import Decoder, init_cache, unembed, whole
 from reptune_jax.tuning import abstract, collectives, cost, hardware
 from reptune_jax.vectors import capture
 
@@ -117,13 +118,16 @@ def test_cached_decoding_compiles_for_a_tpu(topology):
 # ---------------------------------------------------------------- the plan itself
 
 
-def test_the_plan_is_printed_and_says_what_to_turn():
+def test_the_plan_is_printed_and_says_what_to_turn(tmp_path):
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps(hardware._llama(256, 64, 96, 4, 4, 2)))
+
     def run(*flags):
         command = [sys.executable, "-m", "reptune_jax.plan", "--config=configs/scale.py", *flags]
         root = Path(__file__).parent.parent
         return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
-    small = ("--model-config=smollm2-135m", "--config.train.layers=(1,3)", "--tokens=64")
+    small = (f"--model-config={shape}", "--config.train.layers=(1,3)", "--tokens=64")
     small += ("--config.loss.layers=(1,3)", "--config.train.batch=8", "--labels=8")
     fits = run("--topology=gpu:4", *small)
     assert fits.returncode == 0, fits.stderr
@@ -131,8 +135,6 @@ def test_the_plan_is_printed_and_says_what_to_turn():
         assert text in fits.stdout, fits.stdout
     bad = run("--topology=v9:2x2")
     assert bad.returncode == 1 and "--topology: got 'v9:2x2', expected one of v4, v5e" in bad.stderr
-    bad = run("--topology=gpu:3", *small, "--config.train.batch=9")
-    assert bad.returncode == 0 or "divide" in bad.stderr
     unknown = run("--topology=gpu:2", "--model-config=llama-9b")
     assert unknown.returncode == 1 and "expected a config.json or one of" in unknown.stderr
 
@@ -149,8 +151,24 @@ def test_advice_names_what_dominates():
     assert any("train.layers" in knob for knob in hardware.advice(moments, alone, "full"))
 
 
+def test_chips_are_known_by_what_jax_calls_them():
+    found = ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H200", "NVIDIA H100 80GB HBM3")
+    names = ["TPU v5e", "TPU v5p", "TPU v6e", "NVIDIA H200 SXM", "NVIDIA H100 SXM"]
+    assert [hardware.chip_of(kind).name for kind in found] == names
+    assert hardware.chip_of("cpu") is None
+
+
 HLO = """\
 HloModule step
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ag = bf16[64]{0} all-gather(%x), replica_groups=[2,2]<=[4], dimensions={0}
+}
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %ag = bf16[64,32]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}, dimensions={0}
@@ -162,6 +180,7 @@ HloModule step
 
 ENTRY %main (a: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %v = (s32[], f32[8]) while(%t), condition=%cond, body=%body.2
   %r = f32[8,4]{1,0} all-reduce(%y), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
   %s = (f32[8]{0}, f32[32]{0}) all-gather-start(%z), replica_groups=[1,4]<=[4], dimensions={0}
   %c = f32[8] conditional(%q, %a, %b), branch_computations={%branch, %branch}
@@ -175,7 +194,7 @@ def test_collectives_are_weighed_by_how_often_they_run():
     found = collectives.traffic(HLO, Mesh(devices, meshes.AXES))
     assert found == {
         ("all-gather", "data+fsdp"): (1, 128 * 3 / 4),
-        ("all-gather", "fsdp"): (7, 7 * 64 * 32 * 2 / 2),
+        ("all-gather", "fsdp"): (7 + 5, 7 * 64 * 32 * 2 / 2 + 5 * 64 * 2 / 2),
         ("all-reduce", "data"): (1, 2 * 128 / 2),
     }
 
@@ -185,8 +204,6 @@ def test_flops_by_formula_are_xlas_of_an_unrolled_model():
     a = archs.from_config(hardware._llama(512, 128, 256, 4, 4, 2))
     B, T = 2, 64
     segments = tuple((f"l{n}", 1) for n in range(a.N))
-    from reptune_jax.model.transformer import Decoder, unembed
-
     decoder = Decoder(a, segments)
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))

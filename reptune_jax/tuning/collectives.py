@@ -24,6 +24,8 @@ _CALLED = re.compile(r"(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
 _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 
+_LIMIT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
+
 
 class Traffic(NamedTuple):
     """Per device and step: how many of a kind run, and the bytes a device sends for them."""
@@ -63,13 +65,20 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     runs[entry] = 1
     for name in reversed(list(computations)):
         for line in computations[name] if runs[name] else ():
-            trips = _TRIPS.search(line)
             if (loop := _WHILE.search(line)) is not None:
-                runs[loop[2]] += runs[name] * (int(trips[1]) if trips else 1)
+                runs[loop[2]] += runs[name] * _trips(line, computations.get(loop[1], []))
             elif " conditional(" not in line:
                 for callee in _CALLED.findall(line):
                     runs[callee] += runs[name]
     return runs
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """How often a loop runs: as the compiler notes it, else what its counter is compared with."""
+    if (noted := _TRIPS.search(line)) is not None:
+        return int(noted[1])
+    limits = [int(n) for text in condition for n in _LIMIT.findall(text)]
+    return max(limits, default=1)
 
 
 def _collectives(lines: list[str], mesh: Mesh) -> Iterator[tuple[str, str, float]]:

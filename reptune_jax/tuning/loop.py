@@ -88,7 +88,7 @@ class _Loop:
         self.corpus, self.mesh, self.log, self.saved, self.meta = corpus, mesh, log, saved, meta
         self.step = steps.make_step(decoder, train, mesh)
         self.evaluate = steps.make_evaluate(decoder)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.tracing = time.monotonic(), False
 
     def run(self, state: steps.State, done: Progress) -> None:
         self.best, self.waited = done.best, done.waited
@@ -116,11 +116,13 @@ class _Loop:
                 self._validate(state) if validate else self._save(state)
             if stop:
                 self._stop(i + 1)
+        self._profile(self.train.steps)
         self.saved.wait()  # a run is finished when its last checkpoint is on disk
         about = {"steps": int(state.step), "best": self.best}
         checkpoint.mark_finished(self.saved.workdir, about)
 
     def _stop(self, step: int) -> None:
+        self._profile(self.train.steps)
         self.saved.wait()
         raise program.Stopped(
             f"stopped by SIGTERM: step {step} of {self.train.steps} is saved. "
@@ -231,10 +233,12 @@ class _Loop:
     def _profile(self, step: int) -> None:
         """Traces steps [first, stop) of `train.profile` for TensorBoard's profiler or Perfetto."""
         first, stop = self.train.profile
-        if step == stop and first < stop:
-            jax.profiler.stop_trace()
-        if step == first and first < stop:
+        due = first <= step < stop
+        if due and not self.tracing:
             jax.profiler.start_trace(str(self.saved.workdir / "profile"))
+        if self.tracing and not due:
+            jax.profiler.stop_trace()
+        self.tracing = due
 
 
 def _every(i: int, n: int) -> bool:
