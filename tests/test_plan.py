@@ -39,6 +39,7 @@ def settings(**changes):
 
 @functools.cache
 def mesh_for(topology):
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install -e '.[plan]'")
     kind, shape = hardware.parse(topology)
     return meshes.make_mesh(1, 2, 2, devices=plan.tpu_devices(kind, shape))
 
