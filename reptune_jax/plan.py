@@ -95,7 +95,7 @@ def lines(c: ConfigDict, arch: Arch, mesh: Mesh, kind: str, plan: Plan, T: int) 
     if plan.traffic:
         out += ["", "collectives a step: kind, mesh axes, how many, GiB sent per device"]
         for (name, axes), t in plan.traffic.items():
-            out.append(f"  {name:<20}{axes:<14}{t.count:>6}{t.bytes_sent / 2**30:>9.2f}")
+            out.append(f"  {name:<20}{axes:<14}{t.times:>6}{t.bytes_sent / 2**30:>9.2f}")
     return out + ["", *_verdict(c, mesh, chip, plan)]
 
 

@@ -8,6 +8,7 @@ renamed to `<step>.broken`, said so, and the one before it is used.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ class Checkpoints:
                 found = self._read(step, items)
             except Broken as e:
                 self._metas.pop(step)
-                distributed.once(lambda s=step, e=e: _quarantine(self.folder / str(s), e))
+                distributed.once(functools.partial(_quarantine, self.folder / str(step), e))
                 self._manager.reload()
                 continue
             state = State(found["rest"]["step"], found["trained"], found["rest"]["opt"])

@@ -30,7 +30,7 @@ _LIMIT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
 class Traffic(NamedTuple):
     """Per device and step: how many of a kind run, and the bytes a device sends for them."""
 
-    count: int
+    times: int
     bytes_sent: float
 
 
@@ -42,7 +42,7 @@ def traffic(hlo: str, mesh: Mesh) -> dict[tuple[str, str], Traffic]:
     for name, lines in computations.items():
         for kind, axes, size in _collectives(lines, mesh) if runs[name] else ():
             was = found[kind, axes]
-            found[kind, axes] = Traffic(was.count + runs[name], was.bytes_sent + runs[name] * size)
+            found[kind, axes] = Traffic(was.times + runs[name], was.bytes_sent + runs[name] * size)
     return dict(sorted(found.items()))
 
 

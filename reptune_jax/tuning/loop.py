@@ -1,6 +1,7 @@
 """The training loop: one arm, one sign, one seed, from step 0 or from where it stopped."""
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import time
@@ -69,8 +70,8 @@ def tune(
     decoder = Decoder(model.arch, cuts, model.dtype, train.remat, meshes.rows_of(mesh))
     task = make_task(c, vector, frozen)
     if mesh is not None:  # what is not laid out yet; the frozen weights are
-        small = meshes.replicate(task.replace(frozen={}), mesh)
-        task = small.replace(frozen=frozen)
+        small = meshes.replicate(dataclasses.replace(task, frozen={}), mesh)
+        task = dataclasses.replace(small, frozen=frozen)
     state = steps.init_state(trained, train, mesh)
     with contextlib.closing(checkpoint.Checkpoints(folder, train.keep)) as saved:
         state, done = saved.restore(state, meta) or (state, Progress())

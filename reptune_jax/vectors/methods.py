@@ -15,9 +15,9 @@ def mean_diff(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
     `meta["agreement"]` is the mean cosine between two pairs' differences, per layer: near 0 the
     contrast has no common direction and steering with it will be unreliable (arXiv 2505.22637).
     """
-    n, sums = sums.pairs, meshes.fetch(sums)
-    positive, negative = sums.positive_NxD / n, sums.negative_NxD / n
-    squared_N = np.square(sums.unit_difference_NxD).sum(1)
+    n, found = sums.pairs, meshes.fetch(sums)
+    positive, negative = found.positive_NxD / n, found.negative_NxD / n
+    squared_N = np.square(found.unit_difference_NxD).sum(1)
     agreement_N = (squared_N - n) / max(n * (n - 1), 1)
     about = {
         **meta,
@@ -29,7 +29,7 @@ def mean_diff(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
     }
     return SteeringVector(
         directions_NxD=(positive - negative).astype(np.float32),
-        residual_norm_N=(sums.norm_N / n).astype(np.float32),
+        residual_norm_N=(found.norm_N / n).astype(np.float32),
         mean_NxD=((positive + negative) / 2).astype(np.float32),
         layers=tuple(range(len(positive))),
         meta=about,
