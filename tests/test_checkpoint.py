@@ -113,6 +113,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_named_set_aside_and_the_step_before_it_used(kind, copy, capsys):
     damage, named = DAMAGE[kind]
