@@ -47,8 +47,9 @@ def run(c: ConfigDict, topology: str, model_config: str, tokens: int, labels: in
     mesh = meshes.make_mesh(**c.mesh.to_dict(), devices=_devices(kind, shape))
     dtype = jnp.dtype(c.dtype or "bfloat16")
     plan = make(c, arch, dtype, mesh, tokens, labels)
-    print("\n".join(lines(c, arch, mesh, kind, plan, tokens)))
-    if plan.error:
+    text = lines(c, arch, mesh, kind, plan, tokens)
+    print("\n".join(text))
+    if any(line.startswith("DOES NOT FIT") for line in text):
         sys.exit(2)
 
 
