@@ -26,3 +26,22 @@ setup_env() {
   python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" || return 1
   echo "$hash" >"$stamp"
 }
+
+# `take_dry_run "$@"` sets DRY_RUN where the first argument is --dry-run, and ARGS to the others; then
+# `run COMMAND…` prints what it would run.
+# shellcheck disable=SC2034 # ARGS is for the scripts that source this one
+take_dry_run() {
+  DRY_RUN="" ARGS=("$@")
+  if [[ "${1:-}" == --dry-run ]]; then
+    DRY_RUN=1 ARGS=("${@:2}")
+  fi
+}
+
+run() {
+  if [[ -z "$DRY_RUN" ]]; then
+    "$@"
+    return
+  fi
+  printf '%q ' "$@"
+  echo
+}

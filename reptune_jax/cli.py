@@ -16,6 +16,7 @@ PROGRAMS = {
     "convert": "reptune_jax.convert",
     "report": "reptune_jax.report",
     "chat": "reptune_jax.chat",
+    "plan": "reptune_jax.plan",
 }
 
 

@@ -49,6 +49,8 @@ _POSITIVE: tuple[str, ...] = (
 )
 _POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.keep")
 _POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
+# What may change between two starts of one run.
+_PASSING = ("chat", "mesh", "train.save_every", "train.save_minutes", "train.profile")
 _POSITIONS = ("response", "last", "before_answer", "all")
 
 
@@ -142,6 +144,9 @@ def _train() -> ConfigDict:
     c.val_rows = 0  # validation rows, 0 = all
     c.patience = 3  # evaluations without improvement before stopping; 0 = never
     c.keep = 1  # checkpoints kept besides the best
+    c.save_every = 0  # steps between checkpoints besides those of evaluations, 0 = no others
+    c.save_minutes = 0.0  # at most about so long between two checkpoints, 0 = no limit
+    c.profile = (0, 0)  # [first, stop) steps traced for TensorBoard or Perfetto; (0, 0) = none
     return c
 
 
@@ -215,10 +220,19 @@ def check(config: ConfigDict) -> ConfigDict:
             raise ValueError(f"{key}: got {_get(out, key)}, expected more than 0.")
     if out.train.lora.rank < 0:
         raise ValueError(f"train.lora.rank: got {out.train.lora.rank}, expected 0 or more.")
+    for key in ("train.save_every", "train.save_minutes"):
+        if not _get(out, key) >= 0:
+            raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (never) or more.")
     for key in ("train.layers", "loss.layers"):
         value = _get(out, key)
         if len(value) != 2 or not 0 <= value[0] < value[1]:
             raise ValueError(f"{key}: got {value}, expected first < stop. Example: (10, 20).")
+    first, stop = out.train.profile
+    if (first, stop) != (0, 0) and not 0 <= first < stop <= out.train.steps:
+        raise ValueError(
+            f"train.profile: got {(first, stop)}, expected first < stop <= train.steps="
+            f"{out.train.steps}, or (0, 0) for none."
+        )
     for key in ("vector.position", "loss.position"):
         _check_position(key, _get(out, key))
     for arm in out.study.arms:
@@ -237,7 +251,7 @@ def check(config: ConfigDict) -> ConfigDict:
 
 def digest(config: ConfigDict) -> str:
     """Identifies the resolved values, whatever file they came from."""
-    text = json.dumps(_lasting(config), sort_keys=True, default=list)
+    text = json.dumps(lasting(config.to_dict()), sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -249,7 +263,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
     """
     folder = Path(workdir)
     path = folder / "config.json"
-    values = json.loads(json.dumps(_lasting(config)))
+    values = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "chat"}))
     if path.exists():
         stored = json.loads(path.read_text())
         if "config" not in stored:
@@ -257,14 +271,8 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
                 f"workdir {folder}: holds a config.json that is not a run's, expected a new folder "
                 "or a run's. Use another --workdir."
             )
-        was = _flatten(stored["config"])
-        now = _flatten(values)
-        # A key that is newer than the folder has the value that made no difference then.
-        news = _flatten(json.loads(json.dumps(_lasting(default()))))
-        was |= {k: v for k, v in news.items() if k in now and k not in was}
-        changed = [k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
-        if changed:
-            lines = "\n  ".join(f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in changed)
+        if changed := differences(stored["config"], values):
+            lines = "\n  ".join(changed)
             raise ValueError(
                 f"workdir {folder}: holds a run of another config:\n  {lines}\n"
                 "Use another --workdir, or the same config to resume."
@@ -275,6 +283,16 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
     scratch.write_text(json.dumps({"config": values, **environment()}, indent=1) + "\n")
     os.replace(scratch, path)
     return folder
+
+
+def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: value there, value now` for every key that a result may depend on."""
+    trees = (there, now, default().to_dict())
+    was, new, first = (_flatten(lasting(json.loads(json.dumps(tree)))) for tree in trees)
+    # A key that is newer than the folder has the value that made no difference then.
+    was |= {k: v for k, v in first.items() if k in new and k not in was}
+    changed = [k for k in sorted(was.keys() | new.keys()) if was.get(k) != new.get(k)]
+    return [f"{k}: {was.get(k)!r} there, {new.get(k)!r} now" for k in changed]
 
 
 def environment() -> dict[str, Any]:
@@ -299,9 +317,11 @@ def _git_commit() -> str:
         return ""  # installed from a wheel
 
 
-def _lasting(config: ConfigDict) -> dict[str, Any]:
-    """The values that a result may depend on: all but chat's."""
-    return {key: value for key, value in config.to_dict().items() if key != "chat"}
+def lasting(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that a result may depend on: not chat's, the devices', or when to save."""
+    kept = {key: value for key, value in values.items() if key not in _PASSING}
+    train = kept.get("train", {})
+    return kept | {"train": {k: v for k, v in train.items() if f"train.{k}" not in _PASSING}}
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
+from reptune_jax import distributed
 from reptune_jax import mesh as meshes
 from reptune_jax.hub import export, peft, weights
 from reptune_jax.hub import source as sources
@@ -27,7 +28,7 @@ from reptune_jax.model import attention, decode, families, score
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Steer
 from reptune_jax.model.prefix import Prefix, shared_length
-from reptune_jax.model.transformer import Decoder, collect, init_cache, unembed, whole
+from reptune_jax.model.transformer import Cache, Decoder, collect, init_cache, unembed, whole
 
 _BUCKET = 16  # token lengths are rounded up to this, so that few shapes are compiled
 
@@ -65,9 +66,13 @@ class Model:
         norm_D, table_VxD = self.params["final_norm"]["scale"], self.params["embed"]["embedding"]
         return weights_sha(self.arch, norm_D, table_VxD[:64])
 
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        return meshes.mesh_of(self.params)
+
     @property
     def decoder(self) -> Decoder:
-        return whole(self.arch, self.dtype)
+        return whole(self.arch, self.dtype, meshes.rows_of(self.mesh))
 
     def kernel(self, padding: str) -> attention.Kernel:
         """What computes attention best on this machine, in calls without a cache."""
@@ -78,7 +83,7 @@ class Model:
             self.dtype,
             padding=padding,
             hopper=float(getattr(device, "compute_capability", 0)) >= 9,
-            mesh=meshes.mesh_of(self.params),
+            mesh=self.mesh,
         )
 
     def forward(
@@ -156,16 +161,15 @@ class Model:
         new_BxM, _ = decode.generate(
             self.decoder,
             self.params,
-            jnp.asarray(tokens_BxT),
-            jnp.asarray(mask_BxT),
-            init_cache(self.arch, B, T + max_new, self.dtype),
+            *meshes.put_rows((tokens_BxT, mask_BxT), self.mesh),
+            _empty_cache(self, B, T + max_new),
             as_steer(steer, self.arch, B, T + 1),
             jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
             jnp.float32(temperature),
             jax.random.key(seed),
             max_new=max_new,
         )
-        return np.asarray(new_BxM)
+        return meshes.fetch(new_BxM)
 
     def loglikelihood(
         self,
@@ -202,14 +206,12 @@ class Model:
                 self.decoder,
                 self.params,
                 prefix,
-                jnp.asarray(tokens),
-                jnp.asarray(mask),
-                jnp.asarray(np.resize(starts_B - P, len(tokens))),
+                *meshes.put_rows((tokens, mask, np.resize(starts_B - P, len(tokens))), self.mesh),
                 as_steer(steer, self.arch, *tokens.shape),
                 L=-(-max(len(ids[r]) - starts[r] for r in rows) // _BUCKET) * _BUCKET,
             )
             for r, logp, greedy in zip(
-                rows, np.asarray(logp_B), np.asarray(greedy_B), strict=False
+                rows, meshes.fetch(logp_B), meshes.fetch(greedy_B), strict=False
             ):
                 out[r] = float(logp), bool(greedy)
         return out
@@ -229,12 +231,11 @@ class Model:
             batch = [prompts[r] for r in rows]
             prefix, P = self.split_prefix(batch, min(map(len, batch)) - 1, steer)
             tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)
-            candidates_BxC = candidates_IxC[np.resize(rows, len(tokens))]
+            candidates = candidates_IxC[np.resize(rows, len(tokens))]
             steer_B = as_steer(steer, self.arch, *tokens.shape)
-            logp = score.candidates(
-                self.decoder, self.params, prefix, tokens, mask, candidates_BxC, steer_B
-            )
-            out_IxC[rows] = np.asarray(logp)[: len(rows)]
+            placed = meshes.put_rows((tokens, mask, candidates), self.mesh)
+            logp = score.candidates(self.decoder, self.params, prefix, *placed, steer_B)
+            out_IxC[rows] = meshes.fetch(logp)[: len(rows)]
         return out_IxC
 
     def split_prefix(
@@ -295,7 +296,7 @@ class Model:
 def weights_sha(arch: Arch, norm_D: Any, table_64xD: Any) -> str:
     """Of what tuning leaves alone, at bfloat16 precision so that storage dtype does not matter."""
     parts = norm_D, table_64xD
-    data = b"".join(np.asarray(p.astype(jnp.bfloat16)).tobytes() for p in parts)
+    data = b"".join(meshes.fetch(p.astype(jnp.bfloat16)).tobytes() for p in parts)
     return hashlib.sha256(repr(arch).encode() + data).hexdigest()[:16]
 
 
@@ -348,15 +349,22 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
 def save_hf(model: Model, folder: str | os.PathLike[str], card: str = "") -> Path:
     """Writes an ordinary Hugging Face folder that plain `transformers` loads; see `hub.export`."""
     config = {k: v for k, v in model.config.items() if k != "torch_dtype"}  # old name of dtype
-    return export.save_folder(
-        folder,
-        {**config, "dtype": model.dtype.name},
-        model.params,
-        model.tokenizer,
-        {"eos_token_id": list(model.stop_ids) or None, "pad_token_id": model.pad_id},
-        card or f"# {Path(folder).name}\n\nExported from {model.name} by reptune_jax.\n",
-        model.spelling,
+    # From several hosts all weights must come together; else they are read one by one.
+    params = model.params if jax.process_count() == 1 else meshes.fetch(model.params)
+    card = card or f"# {Path(folder).name}\n\nExported from {model.name} by reptune_jax.\n"
+    generation = {"eos_token_id": list(model.stop_ids) or None, "pad_token_id": model.pad_id}
+    distributed.once(
+        lambda: export.save_folder(
+            folder,
+            {**config, "dtype": model.dtype.name},
+            params,
+            model.tokenizer,
+            generation,
+            card,
+            model.spelling,
+        )
     )
+    return Path(folder)
 
 
 def default_dtype() -> str:
@@ -369,6 +377,19 @@ def as_steer(steer: Steerable | Steer | None, arch: Arch, B: int, T: int) -> Ste
     if steer is None or isinstance(steer, Steer):
         return steer
     return steer.steer(arch, B, T)
+
+
+def _empty_cache(model: Model, B: int, S: int) -> Cache:
+    if model.mesh is None:
+        return init_cache(model.arch, B, S, model.dtype)
+    where = meshes.cache_sharding(model.mesh, B, model.arch.K)
+    return _sharded_cache(where)(model.arch, B, S, model.dtype)
+
+
+@functools.lru_cache
+def _sharded_cache(where: jax.sharding.NamedSharding) -> Any:
+    """Born in its layout: on one device it might not fit."""
+    return jax.jit(init_cache, static_argnums=(0, 1, 2, 3), out_shardings=where)
 
 
 def _check_batched(ids: Sequence[Sequence[int]], steer: Any) -> None:

@@ -5,11 +5,14 @@ and MLP columns; a batch is split over `data` and `fsdp`.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -36,13 +39,16 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1 and takes what is left.
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices, or the given ones; one size may be -1 and takes what is left.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    sizes, n = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, n = [data, fsdp, tensor], len(devices)
     shape = dict(zip(AXES, sizes, strict=True))
     if -1 in sizes:
         sizes[sizes.index(-1)] = n // max(int(np.prod([s for s in sizes if s != -1])), 1)
@@ -51,7 +57,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"mesh: got {shape}, expected sizes whose product is the {n} devices. Set one to -1."
         )
     # Auto axes: flax.linen modules fail under Explicit ones, which are make_mesh's default.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    auto = (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
 
 
 def spec(path: str, ndim: int) -> PartitionSpec:
@@ -84,16 +91,10 @@ def put_params(host: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     else:
         check_divides({path: leaf.shape for path, leaf in flat.items()}, mesh)
         placed = {
-            path: jax.device_put(leaf, NamedSharding(mesh, spec(path, leaf.ndim)))
+            path: _shard(leaf, NamedSharding(mesh, spec(path, leaf.ndim)))
             for path, leaf in flat.items()
         }
     return traverse_util.unflatten_dict(placed, sep="/")
-
-
-def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that weights were put on, if any."""
-    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
-    return mesh if isinstance(mesh, Mesh) else None
 
 
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:
@@ -111,4 +112,58 @@ def put_batch(batch: Any, mesh: Mesh | None) -> Any:
                 f"batch: got {rows} rows, expected a multiple of mesh data x fsdp = {ways}. "
                 "Change train.batch and train.retain_batch, or the mesh."
             )
-    return jax.device_put(batch, NamedSharding(mesh, BATCH))
+    return jax.tree.map(lambda leaf: _shard(leaf, NamedSharding(mesh, BATCH)), batch)
+
+
+def put_rows(batch: Any, mesh: Mesh | None) -> Any:
+    """For inference: rows over (data, fsdp) where they divide evenly, else whole everywhere."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    rows = {len(leaf) for leaf in jax.tree.leaves(batch)}
+    even = all(n % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 for n in rows)
+    return put_batch(batch, mesh) if even else replicate(batch, mesh)
+
+
+def cache_sharding(mesh: Mesh, B: int, K: int) -> NamedSharding:
+    """Of a [N, B, K, S, Dh] cache: rows as `put_rows` lays them, heads over tensor."""
+    even_B = B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    even_K = K % mesh.shape["tensor"] == 0
+    rows, heads = BATCH[0] if even_B else None, "tensor" if even_K else None
+    return NamedSharding(mesh, PartitionSpec(None, rows, heads))
+
+
+def rows_of(mesh: Mesh | None) -> NamedSharding | None:
+    """How a [B, T, D] residual stream lies: `Decoder.rows`."""
+    return None if mesh is None else NamedSharding(mesh, BATCH)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that arrays lie on; None on one device."""
+    mesh = getattr(jax.tree.leaves(tree)[0].sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """The same value on every device of the mesh."""
+    if mesh is None:
+        return jax.device_put(tree)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: _shard(np.asarray(leaf), whole), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Numpy, also where the shards lie on other hosts; all processes must call it together."""
+    return jax.tree.map(_fetch, tree)
+
+
+def _fetch(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def _shard(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Every host has the whole array and gives its devices their slices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

@@ -13,15 +13,21 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from reptune_jax import config as configs
-from reptune_jax import lm, mesh
+from reptune_jax import distributed, lm, mesh
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
 
 PER_RUN = ("arm", "sign", "seed", "study")  # may differ between the runs of one study
 
 
-def main(run: Callable[..., Any], doc: str | None) -> None:
+class Stopped(Exception):
+    """A SIGTERM was heeded: what was done is saved, and the same command goes on from there."""
+
+
+def main(run: Callable[..., Any], doc: str | None, trains: bool = False) -> None:
     """Parses `--config` and `--workdir`, then calls run(config, workdir).
+
+    A program that `trains` does not die of a SIGTERM but saves first.
 
     A ValueError or a missing file ends the program with its message and exit code 1: those messages
     are written for the user, a traceback would hide them.
@@ -30,8 +36,12 @@ def main(run: Callable[..., Any], doc: str | None) -> None:
         "config", None, "configs/x.py[:arg], then --config.key=value", lock_config=True
     )
     workdir = flags.DEFINE_string("workdir", None, "folder of the study; made if absent")
+    coordinator = flags.DEFINE_string("coordinator", "", "host:port of process 0, of many")
+    processes = flags.DEFINE_integer("processes", 0, "how many, where that is not detected")
+    process_id = flags.DEFINE_integer("process_id", -1, "which of them this is, from 0")
     flags.mark_flags_as_required(["config", "workdir"])
-    for name in ("config", "workdir"):  # so that --help shows them
+    names = ("config", "workdir", "coordinator", "processes", "process_id")
+    for name in names:  # so that --help shows them
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     sys.modules["__main__"].__doc__ = doc
 
@@ -40,8 +50,10 @@ def main(run: Callable[..., Any], doc: str | None) -> None:
             raise app.UsageError(
                 f"unexpected argument {argv[1]!r}; flags are --config and --workdir."
             )
+        c = configs.check(flag.value)
         start()
-        run(configs.check(flag.value), Path(str(workdir.value)))
+        distributed.start(coordinator.value, processes.value, process_id.value, trains)
+        run(c, Path(str(workdir.value)))
 
     call(lambda: app.run(entry))
 
@@ -51,12 +63,24 @@ def call(entry: Callable[[], Any]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         entry()
+    except Stopped as e:
+        say(str(e))
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as e:
         message = _for_user(e)
         if os.environ.get("REPTUNE_TRACEBACK") or not message:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+def heed_stop(what: str) -> None:
+    """Between two parts of a program: ends it if a SIGTERM came meanwhile.
+
+    Raises:
+      Stopped: one came.
+    """
+    if distributed.stop_asked():
+        raise Stopped(f"stopped {what} by SIGTERM. The same command goes on from here.")
 
 
 def start() -> None:
@@ -82,12 +106,12 @@ def load_model(c: ConfigDict) -> Model:
 
 def claim_study(workdir: Path, c: ConfigDict) -> None:
     """The study's own config.json: everything but which run this is."""
-    configs.claim_workdir(workdir, _without(c, PER_RUN))
+    _claim(workdir, _without(c, PER_RUN))
 
 
 def claim_run(folder: Path, c: ConfigDict) -> None:
     """A run's config.json: everything but which other runs the study has, which may grow."""
-    configs.claim_workdir(folder, _without(c, ("study",)))
+    _claim(folder, _without(c, ("study",)))
 
 
 def run_name(c: ConfigDict) -> str:
@@ -103,7 +127,18 @@ def template_sha(model: Model) -> str:
 
 def say(message: str) -> None:
     """For the person at the terminal; libraries' own chatter stays in the log."""
-    print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
+    if distributed.is_first():
+        print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
+
+
+def _claim(folder: Path, c: ConfigDict) -> None:
+    distributed.same(config=configs.digest(c))
+    distributed.once(lambda: configs.claim_workdir(folder, c))
+    if not distributed.everywhere((folder / "config.json").exists()):
+        raise ValueError(
+            f"workdir {folder}: not every process sees what process 0 wrote there, expected one "
+            "folder. Use a file system that all hosts share."
+        )
 
 
 def _without(c: ConfigDict, keys: tuple[str, ...]) -> ConfigDict:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import convert, program, train
+from reptune_jax import convert, distributed, program, train
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.evals import arms, baseline, steering, tuned
 from reptune_jax.evals.bench import prepare
@@ -42,8 +42,9 @@ def run(c: ConfigDict, workdir: Path) -> None:
     if "steer" in c.study.arms:
         with timed("steering: sweep on validation, test of the chosen doses"):
             steering.run(c, workdir, bench)
+    report = workdir / "report" / "index.html"
     with timed("report"):
-        report = html.write(studies.read(workdir, c.study.primary or None))
+        distributed.once(lambda: html.write(studies.read(workdir, c.study.primary or None)))
     if c.study.export:
         with timed("export to Hugging Face"):
             for sign in c.study.signs:
@@ -72,7 +73,7 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
     if c.train.lora.rank:
         export_adapter(workdir, base, name)
     folder = workdir / "export" / name
-    if (folder / "config.json").exists():
+    if distributed.exists(folder / "config.json"):
         program.say(f"{folder}: already there")
         return
     cond = arms.tuned(base, workdir / name)
@@ -85,17 +86,19 @@ def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
 def export_adapter(workdir: Path, base: Model, name: str) -> Path:
     """A LoRA run's adapters as a folder for peft."""
     folder = workdir / "export" / f"{name}_adapter"
-    if folder.exists():
+    if distributed.exists(folder):
         program.say(f"{folder}: already there")
         return folder
-    convert.write_adapter(folder, convert.read_run(workdir / name), base.arch, base.name)
+    run = convert.read_run(workdir / name)
+    distributed.once(lambda: convert.write_adapter(folder, run, base.arch, base.name))
     program.say(f"{folder}: its LoRA alone, for peft")
     return folder
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Says what begins, and how long it took."""
+    """Says what begins, and how long it took; a SIGTERM is heeded before it."""
+    program.heed_stop(f"before {what}")
     program.say(f"==> {what}")
     began = time.monotonic()
     yield
@@ -103,4 +106,4 @@ def timed(what: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    program.main(run, __doc__)
+    program.main(run, __doc__, trains=True)

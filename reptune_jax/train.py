@@ -4,14 +4,17 @@
         --config.arm=dual --config.sign=-1 --config.seed=0
 
 Trains into `<workdir>/<arm><sign>_s<seed>/`, making the vector and the targets first where they are
-missing. The same command resumes a run that was stopped.
+missing. The same command resumes a run that was stopped; a SIGTERM saves first. On several hosts,
+run it on each: TPU pods, Slurm and MPI are detected, elsewhere give --coordinator, --processes and
+--process_id.
 """
 
+import dataclasses
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import program
+from reptune_jax import distributed, program
 from reptune_jax.config import TUNED_ARMS, armed
 from reptune_jax.lm import Model
 from reptune_jax.tuning import adapters, checkpoint, loop
@@ -27,6 +30,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
             "The others train nothing: see evals.baseline and evals.steering."
         )
     folder = workdir / program.run_name(c)
+    program.heed_stop("before training")
     program.claim_study(workdir, c)
     program.claim_run(folder, c)
     if checkpoint.finished(folder):
@@ -38,18 +42,21 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
     settings = armed(c)
     if settings.vector.random:
         vector = vector.random_like(c.seed)
-    vector.save(folder / "vector.safetensors")
+    distributed.once(lambda: vector.save(folder / "vector.safetensors"))
     meta = {
         "config": c.to_dict(),
         "model": model.name,
         "model_sha": model.sha,
+        "arch": dataclasses.asdict(model.arch),
         "vector": vector.digest,
         "layers": list(c.train.layers),
         "lora": adapters.about(model.arch, c.train),
     }
-    loop.tune(settings, folder, model, vector, make_corpus(settings, workdir, model), meta)
+    corpus = make_corpus(settings, workdir, model)
+    distributed.same(model=model.sha, vector=vector.digest, data=corpus.digest())
+    loop.tune(settings, folder, model, vector, corpus, meta)
     return folder
 
 
 if __name__ == "__main__":
-    program.main(run, __doc__)
+    program.main(run, __doc__, trains=True)

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "reptune_jax"
 # package stands for all that lies in it.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("config",),
+    ("distributed",),  # plain calls where there is one process
     ("mesh",),
     ("model",),
     ("hub",),
@@ -24,7 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tuning",),
     ("evals",),
     ("report",),
-    ("train", "extract", "convert", "chat"),
+    ("train", "extract", "convert", "chat", "plan"),
     ("study",),
     ("__init__", "__main__", "cli"),
 )

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from reptune_jax import lm, train
 from reptune_jax.evals import arms
 from reptune_jax.tuning import checkpoint, loop
+from reptune_jax.tuning.log import Log
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests import tiny, tiny_behavior
 
@@ -169,6 +170,54 @@ def test_patience_stops_a_run_also_after_a_restart(model, behavior, monkeypatch,
             train.run(c, tmp_path / "cut", model)
     cut = train.run(c, tmp_path / "cut", model)
     assert (cut / "done.json").read_text() == (whole / "done.json").read_text()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(model, behavior, tmp_path):
+    c = tiny_behavior.settings(model.name, behavior, train__lr=1e30, train__eval_every=5)
+    c.train.save_every = 1
+    message = r"training, step 2: loss is nan, .*The last good checkpoint is of step 1\. Lower"
+    with pytest.raises(ValueError, match=message):
+        train.run(c, tmp_path, model)
+    folder = tmp_path / "dual+_s0"
+    assert not (folder / "done.json").exists()
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"0", "1"}
+    assert read_log(folder)[-1]["step"] == 2  # it is in the log, as null
+
+
+def test_saves_by_step_and_by_time_change_nothing_else(model, behavior, tmp_path):
+    steps = {}
+    for name, changes in {
+        "evaluations": {},
+        "steps": {"train__save_every": 3},
+        "time": {"train__save_minutes": 1e-9},
+    }.items():
+        c = tiny_behavior.settings(model.name, behavior, train__keep=9, **changes)
+        folder = train.run(c, tmp_path / name, model)
+        steps[name] = {int(p.name) for p in (folder / "checkpoints").iterdir()}
+    assert steps == {
+        "evaluations": {0, 2, 4, 6},
+        "steps": {0, 2, 3, 4, 6},
+        "time": {0, 1, 2, 3, 4, 5, 6},
+    }
+    logs = [read_log(tmp_path / name / folder.name) for name in steps]
+    assert logs[0] == logs[1] == logs[2]
+    seconds = [checkpoint.read_meta(folder / "checkpoints" / str(n))["progress"][3] for n in (2, 6)]
+    assert 0 < seconds[0] < seconds[1]
+
+
+def test_the_steps_of_a_window_are_traced(model, behavior, tmp_path):
+    c = tiny_behavior.settings(model.name, behavior, train__steps=3, train__profile=(1, 3))
+    folder = train.run(c, tmp_path, model)
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match=r"train.profile: got \(2, 9\), expected first < stop <="):
+        tiny_behavior.settings(model.name, behavior, train__profile=(2, 9))
+
+
+def test_what_is_left_counts_the_time_of_earlier_starts(tmp_path, capsys):
+    with Log(tmp_path, 40, 10, writes=False, spent=3000.0) as log:
+        log.begin()
+        log.progress(20, {"loss": 1.0})
+    assert "step 20/40 loss 1, 50 min 00 s left" in capsys.readouterr().out
 
 
 def test_a_folder_of_another_config_is_refused_by_key(finished, model):

@@ -14,7 +14,7 @@ from reptune_jax import lm, mesh
 from reptune_jax.tuning import checkpoint
 from tests import tiny, tuning_mesh
 
-MESHES = ("8x1x1", "2x4x1", "2x2x2")
+MESHES = ("8x1x1", "1x8x1", "4x2x1", "2x4x1", "2x2x2")
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def sharded(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     assert jax.device_count() == 1
-    losses, state, _ = tuning_mesh.five_steps(lm.load(str(folder), "float32"))
+    losses, state, _ = tuning_mesh.some_steps(lm.load(str(folder), "float32"))
     return losses, state
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_losses_and_weights_after_five_steps_are_those_of_one_device(shape, sharded, alone):
+def test_losses_and_weights_after_some_steps_are_those_of_one_device(shape, sharded, alone):
     losses, state = alone
     found = json.loads((sharded / f"{shape}.json").read_text())
     np.testing.assert_allclose(found["losses"], losses, rtol=1e-5)
@@ -73,9 +73,15 @@ def test_moments_are_sharded_as_their_weights_and_stay_so(shape, sharded):
 
 def test_a_checkpoint_saved_on_eight_devices_is_read_on_one(sharded, alone):
     trained, meta, step = checkpoint.load_best(sharded)
-    assert (meta, step) == ({"from": MESHES[-1]}, 5)
+    assert (meta["from"], step) == (MESHES[-1], tuning_mesh.STEPS)
     for path, leaf in alone[1].trained.items():
         np.testing.assert_allclose(trained[path], leaf, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_is_restored_onto_every_mesh(sharded):
+    found = json.loads((sharded / "restored.json").read_text())
+    assert set(found) == set(MESHES) and all(f["same layout"] for f in found.values())
+    assert len({json.dumps(f["digests"]) for f in found.values()}) == 1
 
 
 def test_what_does_not_divide_is_named(sharded):

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from reptune_jax import config
+from reptune_jax import mesh as meshes
 from reptune_jax.data.batches import Batch, Example, Keep, stack_examples
 from reptune_jax.lm import Model
 from reptune_jax.model.transformer import Decoder
@@ -74,5 +75,5 @@ def case(model: Model, c: ConfigDict, v: SteeringVector | None = None, mesh: Any
     cuts = partition.segments(model.arch.N, train.layers)
     trained, frozen = adapters.begin(model.arch, model.params, train, c.seed)
     task = loop.make_task(c, vector(model) if v is None else v, frozen)
-    decoder = Decoder(model.arch, cuts, model.dtype, train.remat)
+    decoder = Decoder(model.arch, cuts, model.dtype, train.remat, rows=meshes.rows_of(mesh))
     return Case(decoder, steps.init_state(trained, train, mesh), task, train)

@@ -10,22 +10,17 @@ import numpy as np
 import optax
 
 from reptune_jax import lm, mesh
-from reptune_jax.tuning import checkpoint
+from reptune_jax.tuning import checkpoint, digest
 from reptune_jax.tuning import step as steps
 from tests import tuning_case
 
+STEPS = 20
 
-def five_steps(model, where=None):
+
+def some_steps(model, where=None):
     """(losses, state, what is known of layouts and compilations) of a short run."""
-    c = tuning_case.settings(
-        train__modules=("attn/v", "attn/o", "mlp/down", "norm"),
-        train__accumulate=1 if where is None else 2,
-        train__lr=1e-3,
-        train__eps=1e-3,  # else Adam turns rounding noise in tiny gradients into whole steps
-        loss__retain=0.5,
-    )
-    case, losses = tuning_case.case(model, c, mesh=where), []
-    batches = [tuning_case.batch(model, B=16, R=16, seed=seed) for seed in range(5)]
+    case, losses = new_case(model, where), []
+    batches = [tuning_case.batch(model, B=16, R=16, seed=seed) for seed in range(STEPS)]
     batches = [mesh.put_batch(batch, where) for batch in batches]
     state, seen, measure = case.state, {"before": layout(case.state)}, jnp.asarray(False)
     step = steps.make_step(case.decoder, case.train, where)
@@ -35,6 +30,17 @@ def five_steps(model, where=None):
         state, metrics = step(state, case.task, batch, measure)
         losses.append(float(metrics["loss"]))
     return losses, state, seen | {"after": layout(state)}
+
+
+def new_case(model, where):
+    c = tuning_case.settings(
+        train__modules=("attn/v", "attn/o", "mlp/down", "norm"),
+        train__accumulate=1 if where is None else 2,
+        train__lr=1e-3,
+        train__eps=1e-3,  # else Adam turns rounding noise in tiny gradients into whole steps
+        loss__retain=0.5,
+    )
+    return tuning_case.case(model, c, mesh=where)
 
 
 def layout(state):
@@ -47,6 +53,20 @@ def layout(state):
     trees = {"weight": state.trained, "mu": get(state.opt, "mu"), "nu": get(state.opt, "nu")}
     found = {name: shards(tree) for name, tree in trees.items()}
     return {p: {name: found[name][p] for name in found} for p in state.trained}
+
+
+def restore_on(shape, folder, out):
+    """Digests of the last checkpoint, restored onto this mesh, and one weight's layout there."""
+    where = mesh.make_mesh(*(int(n) for n in shape.split("x")))
+    like = new_case(lm.load(folder, "float32", where), where).state
+    saved = checkpoint.Checkpoints(out)
+    state, _ = saved.restore(like, {})
+    saved.close()
+    v = state.trained["attn/v/kernel"]
+    return {
+        "digests": digest.digests(state),
+        "same layout": v.sharding == like.trained["attn/v/kernel"].sharding,
+    }
 
 
 def message(call, *args):
@@ -62,12 +82,14 @@ def main(folder, out, *shapes):
     assert jax.device_count() == 8
     for shape in shapes:
         where = mesh.make_mesh(*(int(n) for n in shape.split("x")))
-        losses, state, seen = five_steps(lm.load(folder, "float32", where), where)
+        losses, state, seen = some_steps(lm.load(folder, "float32", where), where)
         (out / f"{shape}.json").write_text(json.dumps({"losses": losses, **seen}))
         np.savez(out / f"{shape}.npz", **{k: np.asarray(v) for k, v in state.trained.items()})
     saved = checkpoint.Checkpoints(out)
-    saved.save(state, {"from": shapes[-1]}, 1.0, 0)
+    saved.save(state, {"from": shapes[-1]}, checkpoint.Progress(val_loss=1.0))
     saved.close()
+    restored = {shape: restore_on(shape, folder, out) for shape in shapes}
+    (out / "restored.json").write_text(json.dumps(restored))
 
     errors = {
         "heads": message(lm.load, folder, "float32", mesh.make_mesh(1, 1, 8)),

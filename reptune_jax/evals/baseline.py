@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import program
+from reptune_jax import distributed, program
 from reptune_jax.data.schema import select
 from reptune_jax.evals import arms, generation
 from reptune_jax.evals.arms import Condition
@@ -20,7 +20,7 @@ from reptune_jax.evals.results import write_parquet
 def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Measures `base`, and `prompt` in both signs."""
     path = workdir / "results" / "baseline.parquet"
-    if path.exists():
+    if distributed.exists(path):
         program.say(f"{path}: already there")
         return path
     bench = bench or prepare(c, workdir)

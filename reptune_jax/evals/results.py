@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reptune_jax import config
+from reptune_jax import config, distributed
 
 ARMS = tuple(config.ARMS)
 SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats")
@@ -97,7 +97,10 @@ def rows_to_table(rows: Iterable[Row]) -> pa.Table:
 
 def write_parquet(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """Writes the rows to `path` at once: a reader sees the old file or the whole new one."""
-    path = Path(path)
+    distributed.once(lambda: _write(Path(path), rows))
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

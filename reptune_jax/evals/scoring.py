@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from reptune_jax import mesh as meshes
 from reptune_jax.data.schema import Item, load_neutral
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row, sha
@@ -141,10 +142,9 @@ def cosine_rows(
         [p + t for p, t in zip(prompts, tails, strict=True)], cond.model.pad_id, left=False
     )
     steer = as_steer(cond.steer, cond.model.arch, *tokens.shape)
-    cosine_NxBxT = _cosines(
-        cond.model.decoder, cond.model.params, tokens, mask, steer, vector.probe()
-    )
-    cosine_NxBxT, labels, out = np.asarray(cosine_NxBxT), cond.labels(c), []
+    batch = meshes.put_rows((tokens, mask), cond.model.mesh)
+    found = _cosines(cond.model.decoder, cond.model.params, *batch, steer, vector.probe())
+    cosine_NxBxT, labels, out = meshes.fetch(found), cond.labels(c), []
     for offset in range(-around, around):
         at_B = [len(p) + offset for p in prompts]
         fits = [b for b, t in enumerate(at_B) if 0 <= t < mask[b].sum()]
@@ -172,17 +172,18 @@ def _prompt(cond: Condition, text: Text) -> list[int]:
 
 
 def _states(
-    cond: Condition, pairs: Sequence[tuple[list[int], list[int]]], batch: int
+    cond: Condition, pairs: Sequence[tuple[list[int], list[int]]], size: int
 ) -> list[np.ndarray]:
     """For each (prompt, answer): the final hidden states that predict the answer's tokens."""
     out: list[np.ndarray] = [np.empty(0)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    for first in range(0, len(order), batch):
-        rows = order[first : first + batch]
+    for first in range(0, len(order), size):
+        rows = order[first : first + size]
         ids = [pairs[r][0] + pairs[r][1] for r in rows]
-        tokens, mask = pad(ids, cond.model.pad_id, left=False, rows=batch, bucket=64)
+        tokens, mask = pad(ids, cond.model.pad_id, left=False, rows=size, bucket=64)
         steer = as_steer(cond.steer, cond.model.arch, *tokens.shape)
-        hidden = np.asarray(_hidden(cond.model.decoder, cond.model.params, tokens, mask, steer))
+        batch = meshes.put_rows((tokens, mask), cond.model.mesh)
+        hidden = meshes.fetch(_hidden(cond.model.decoder, cond.model.params, *batch, steer))
         for b, r in enumerate(rows):
             start = len(pairs[r][0]) - 1
             out[r] = hidden[b, start : start + len(pairs[r][1])]
@@ -198,7 +199,7 @@ def _compare(
     padded = [np.pad(a, ((0, size - L), (0, 0))) for a in (own_LxD, base_LxD)]
     target = np.pad(np.asarray(answer, np.int32), (0, size - L))
     sums = _compare_states(model.decoder, model.params, *padded, target, np.arange(size) < L)
-    nll, kl, top1 = (float(s) for s in sums)
+    nll, kl, top1 = (float(s) for s in meshes.fetch(sums))
     return nll, kl, top1
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from reptune_jax import program
+from reptune_jax import distributed, program
 from reptune_jax.evals import arms, generation, scoring
 from reptune_jax.evals.bench import Bench, prepare
 from reptune_jax.evals.results import Row, write_parquet
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Sweeps, chooses on validation, measures the choices on test."""
     path = workdir / "results" / "steering.parquet"
-    if path.exists():
+    if distributed.exists(path):
         program.say(f"{path}: already there")
         return path
     bench = bench or prepare(c, workdir)

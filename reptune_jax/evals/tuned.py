@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import program
+from reptune_jax import distributed, program
 from reptune_jax.evals import arms
 from reptune_jax.evals.bench import Bench, prepare
 from reptune_jax.evals.results import write_parquet
@@ -20,7 +20,7 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Measures the best checkpoint of the run that the config names."""
     folder = workdir / program.run_name(c)
     path = folder / "results" / "tuned.parquet"
-    if path.exists():
+    if distributed.exists(path):
         program.say(f"{path}: already there")
         return path
     bench = bench or prepare(c, workdir)

@@ -62,6 +62,14 @@ class Shared:
     read_BxPxT: jax.Array | None
     keep_residual: bool = flax.struct.field(pytree_node=False, default=False)
     kernel: attention.Kernel = flax.struct.field(pytree_node=False, default=attention.XLA)
+    rows: Any = flax.struct.field(pytree_node=False, default=None)
+
+    def by_rows(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Left alone, XLA may split D as the weights are, and then sums activations over devices
+        instead of gathering the weights, which are smaller."""
+        return (
+            x_BxTxD if self.rows is None else jax.lax.with_sharding_constraint(x_BxTxD, self.rows)
+        )
 
 
 @flax.struct.dataclass
@@ -165,6 +173,7 @@ class Block(nn.Module):
         self, carry: tuple[jax.Array, Cache | None], layer: PerLayer, shared: Shared
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         x_BxTxD, cache = carry
+        x_BxTxD = shared.by_rows(x_BxTxD)
         mixed, cache = Attention(self.arch, self.dtype, name="attn")(
             self._before("attn_norm", x_BxTxD), cache, layer, shared
         )
@@ -212,6 +221,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     kernel: attention.Kernel = attention.XLA  # of calls without a cache; flash: right padding only
+    rows: Any = None  # sharding of the residual stream on a mesh
 
     def setup(self) -> None:
         a = self.arch
@@ -266,6 +276,7 @@ class Decoder(nn.Module):
             read_BxPxT=read_BxPxT,
             keep_residual=keep_residual,
             kernel=kernel,
+            rows=self.rows,
         )
         layers = PerLayer(
             jnp.arange(self.arch.N),
@@ -277,7 +288,7 @@ class Decoder(nn.Module):
         for name, length in self.segments:
             carry, _ = getattr(self, name)(carry, layers.slice(start, start + length), shared)
             start += length
-        hidden_BxTxD = self.final_norm(carry[0])
+        hidden_BxTxD = self.final_norm(shared.by_rows(carry[0]))
         if self.is_initializing():
             self.logits(hidden_BxTxD)
         return hidden_BxTxD, carry[1]
@@ -331,9 +342,9 @@ class Decoder(nn.Module):
         return cap * jnp.tanh(logits_xV / cap) if cap else logits_xV
 
 
-def whole(arch: Arch, dtype: Any = jnp.float32) -> Decoder:
+def whole(arch: Arch, dtype: Any = jnp.float32, rows: Any = None) -> Decoder:
     """The decoder in one segment, for inference."""
-    return Decoder(arch, (("blocks", arch.N),), dtype)
+    return Decoder(arch, (("blocks", arch.N),), dtype, rows=rows)
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:

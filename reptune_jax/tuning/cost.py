@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from reptune_jax.data.batches import Batch
+from reptune_jax.model import lora
 from reptune_jax.model.arch import Arch
 from reptune_jax.tuning.partition import Flat
 
@@ -48,16 +49,24 @@ def step_flops(
     return {**parts, "total": float(np.sum(list(parts.values())))}
 
 
-def describe(arch: Arch, train: FrozenConfigDict, trained: Flat, batch: Batch) -> str:
-    """One line: what is trained, and the FLOPs of a step."""
-    (B, T), L = batch.behavior.tokens_BxT.shape, batch.behavior.at_BxL.shape[1]
-    rows, heads = B, B * L
+def batch_flops(arch: Arch, layers: tuple[int, int], trained: Flat, batch: Batch) -> dict:
+    """`step_flops` of a step over this batch."""
+    rows, T = batch.behavior.tokens_BxT.shape
+    heads = batch.behavior.at_BxL.size
     if batch.keep is not None:
         rows += batch.keep.tokens_BxT.shape[0]
         heads += 2 * batch.keep.at_BxL.size  # the base's logits and the model's
     size = sum(leaf.size for leaf in trained.values())
-    rank = train.lora.rank
-    flops = step_flops(arch, train.layers, size, rows * T, T, heads, size if rank else 0)
+    adapters = sum(leaf.size for path, leaf in trained.items() if lora.is_leaf(path))
+    return step_flops(arch, layers, size, rows * T, T, heads, adapters)
+
+
+def describe(arch: Arch, train: FrozenConfigDict, trained: Flat, batch: Batch) -> str:
+    """One line: what is trained, and the FLOPs of a step."""
+    rows, T = batch.behavior.tokens_BxT.shape
+    rows += batch.keep.tokens_BxT.shape[0] if batch.keep is not None else 0
+    size = sum(leaf.size for leaf in trained.values())
+    flops, rank = batch_flops(arch, train.layers, trained, batch), train.lora.rank
     first, stop = train.layers
     what = f"weights of LoRA adapters of rank {rank}" if rank else "weights"
     return (

@@ -18,13 +18,21 @@ _SHOWN = ("loss", "token_loss", "cosine_loss", "retain_loss", "cosine/mean", "ex
 class Log:
     """Writes on process 0 only. Use as a context manager.
 
-    A run that resumes from step `since` loses what was logged after it, since it logs that again.
+    A run that resumes from step `since` loses what was logged after it, since it logs that again;
+    the `spent` seconds of its earlier starts count towards what it says is left.
     """
 
-    def __init__(self, workdir: Path, steps: int, since: int | None = None, writes: bool = True):
-        self._steps, self._writes = steps, writes
+    def __init__(
+        self,
+        workdir: Path,
+        steps: int,
+        since: int | None = None,
+        writes: bool = True,
+        spent: float = 0.0,
+    ):
+        self._steps, self._writes, self._spent = steps, writes, spent
+        self._began: float | None = None
         self._last: tuple[int, float] | None = None
-        self._pace = 0.0  # seconds per step
         if writes:
             workdir.mkdir(parents=True, exist_ok=True)
             _drop_after(workdir / "metrics.jsonl", -1 if since is None else since)
@@ -67,16 +75,29 @@ class Log:
         self._last = (step, now)
         if last is None or step == last[0]:
             return {}
-        self._pace = (now - last[1]) / (step - last[0])
-        per_second = 1 / self._pace
+        per_second = (step - last[0]) / (now - last[1])
         return {"examples_per_s": examples * per_second, "tokens_per_s": tokens * per_second}
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
-        """step 20/40 loss 1.234 … examples_per_s 6.1, 12 s left."""
+        """step 20/40 loss 1.234 … examples_per_s 6.1, 3 min 05 s left."""
         shown = " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in _SHOWN)
-        if self._pace and step < self._steps:
-            shown += f", {(self._steps - step) * self._pace:.0f} s left"
+        if step < self._steps:
+            shown += f", {_clock((self._steps - step) * self.spent() / step)} left"
         program.say(f"step {step}/{self._steps} {shown}")
+
+    def begin(self) -> None:
+        """Training time counts from here: compiling is not part of it."""
+        self._began = time.monotonic()
+
+    def spent(self) -> float:
+        """Seconds of training, evaluations included, over all starts of this run."""
+        return self._spent + (time.monotonic() - self._began if self._began else 0.0)
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -1,6 +1,9 @@
 """The training loop: one arm, one sign, one seed, from step 0 or from where it stopped."""
 
 import contextlib
+import dataclasses
+import hashlib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from reptune_jax import distributed, program
 from reptune_jax import mesh as meshes
-from reptune_jax import program
 from reptune_jax.data.batches import Batch, Keep, Rows, choose_rows
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import adapters, checkpoint, cost, partition
+from reptune_jax.tuning import adapters, checkpoint, cost, hardware, partition
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.checkpoint import Progress
 from reptune_jax.tuning.log import Log
 from reptune_jax.tuning.losses import CosineLoss
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -31,6 +35,13 @@ class Corpus(NamedTuple):
     val: Rows
     keep: Keep | None
     keep_val: Keep | None
+
+    def digest(self) -> str:
+        """Identifies what is trained on: hosts with other data must not train together."""
+        found = hashlib.sha256()
+        for leaf in (*jax.tree.leaves(self.train), *jax.tree.leaves(self.val)):
+            found.update(leaf.tobytes())
+        return found.hexdigest()[:16]
 
 
 def make_task(c: ConfigDict, vector: SteeringVector, frozen: dict[str, Any]) -> steps.Task:
@@ -55,18 +66,22 @@ def tune(
 ) -> None:
     """Trains into `folder`; resumes from its newest checkpoint; returns at once when it is done."""
     train = FrozenConfigDict(c.train)
-    cuts = partition.segments(model.arch.N, train.layers)
-    kernel = model.kernel("right") if train.flash else attention.XLA
-    decoder = Decoder(model.arch, cuts, model.dtype, train.remat, kernel)
     trained, frozen = adapters.begin(model.arch, model.params, train, c.seed)
+    cuts, mesh = partition.segments(model.arch.N, train.layers), model.mesh
+    kernel = model.kernel("right") if train.flash else attention.XLA
+    rows = meshes.rows_of(mesh)
+    decoder = Decoder(model.arch, cuts, model.dtype, train.remat, kernel, rows)
     task = make_task(c, vector, frozen)
-    mesh = meshes.mesh_of(model.params)
+    if mesh is not None:  # what is not laid out yet; the frozen weights are
+        small = meshes.replicate(dataclasses.replace(task, frozen={}), mesh)
+        task = dataclasses.replace(small, frozen=frozen)
     state = steps.init_state(trained, train, mesh)
     with contextlib.closing(checkpoint.Checkpoints(folder, train.keep)) as saved:
-        state = saved.restore(state) or state
-        with Log(folder, train.steps, saved.latest(), writes=jax.process_index() == 0) as log:
+        state, done = saved.restore(state, meta) or (state, Progress())
+        since, writes = saved.latest(), distributed.is_first()
+        with Log(folder, train.steps, since, writes, done.seconds) as log:
             loop = _Loop(c, train, decoder, task, corpus, mesh, log, saved, meta)
-            loop.run(state)
+            loop.run(state, done)
 
 
 class _Loop:
@@ -77,36 +92,65 @@ class _Loop:
         self.corpus, self.mesh, self.log, self.saved, self.meta = corpus, mesh, log, saved, meta
         self.step = steps.make_step(decoder, train, mesh)
         self.evaluate = steps.make_evaluate(decoder)
-        self.best, self.waited = saved.progress()
+        self.saved_at, self.tracing = time.monotonic(), False
 
-    def run(self, state: steps.State) -> None:
+    def run(self, state: steps.State, done: Progress) -> None:
+        self.best, self.waited = done.best, done.waited
         first, pending = int(state.step), None
         if self.saved.latest() is None:
             self._validate(state)  # the untuned model: what every later step must beat
         step = self._compile(state, self._batch(first))
+        self.log.begin()
         for i in range(first, self.train.steps):
             if self.train.patience and self.waited >= self.train.patience:
                 break
+            self._profile(i)
             last = i + 1 == self.train.steps
             measure = last or _every(i, self.train.measure_every)
-            state, metrics = step(state, self.task, self._batch(i), jnp.asarray(measure))
+            state, metrics = step(state, self.task, self._batch(i), self._put(measure))
             if pending:  # one step late: the device is already busy with the next one
                 self._write(*pending)
             log = measure or last or _every(i, self.train.log_every)
-            pending = (i + 1, metrics, measure) if log else None
-            if last or _every(i + 1, self.train.eval_every):
-                if pending:  # what a checkpoint follows is in the log before it
-                    self._write(*pending)
+            pending = (i + 1, metrics, measure, log)
+            stop = distributed.stop_asked()
+            validate = last or _every(i + 1, self.train.eval_every)
+            if validate or stop or self._save_due(i + 1, log):
+                self._write(*pending)  # what a checkpoint follows is checked, and in the log
                 pending = None
-                self._validate(state)
+                self._validate(state) if validate else self._save(state)
+            if stop:
+                self._stop(i + 1)
+        self._profile(self.train.steps)
         self.saved.wait()  # a run is finished when its last checkpoint is on disk
         about = {"steps": int(state.step), "best": self.best}
-        checkpoint.mark_finished(self.saved.folder, about)
+        checkpoint.mark_finished(self.saved.workdir, about)
+
+    def _stop(self, step: int) -> None:
+        self._profile(self.train.steps)
+        self.saved.wait()
+        raise program.Stopped(
+            f"stopped by SIGTERM: step {step} of {self.train.steps} is saved. "
+            "The same command goes on from there."
+        )
+
+    def _save_due(self, step: int, logged: bool) -> bool:
+        if _every(step, self.train.save_every):
+            return True
+        if not (self.train.save_minutes and logged):  # asking the others costs a broadcast
+            return False
+        due = time.monotonic() - self.saved_at > 60 * self.train.save_minutes
+        return distributed.agree(due)
+
+    def _put(self, flag: bool) -> jax.Array:
+        return meshes.replicate(np.asarray(flag), self.mesh)
 
     def _compile(self, state: steps.State, batch: Batch) -> Callable[..., Any]:
         """Before step 0, so that a step that does not fit is known in the first minute."""
+        layers = tuple(self.train.layers)
+        flops = cost.batch_flops(self.decoder.arch, layers, state.trained, batch)["total"]
+        self.flops, self.chip = flops, hardware.chip_of(jax.devices()[0].device_kind)
         began = time.monotonic()
-        compiled = self.step.lower(state, self.task, batch, jnp.asarray(True)).compile()
+        compiled = self.step.lower(state, self.task, batch, self._put(True)).compile()
         seconds = time.monotonic() - began
         program.say(f"{cost.describe(self.decoder.arch, self.train, state.trained, batch)}")
         program.say(f"compiled in {seconds:.1f} s; {cost.memory(compiled)}")
@@ -128,18 +172,24 @@ class _Loop:
         total_3, count_3, cosine_N = np.zeros(3), np.zeros(3), np.zeros(self.decoder.arch.N)
         for batch in self._val_batches():
             part = self.evaluate(state.trained, self.task, batch)
-            for whole, piece in zip((total_3, count_3, cosine_N), part, strict=True):
-                whole += np.asarray(piece)
+            for whole, piece in zip((total_3, count_3, cosine_N), meshes.fetch(part), strict=True):
+                whole += piece
         mean_3 = total_3 / np.maximum(count_3, 1e-6)
-        loss = float(np.sum(np.asarray(self.task.weight_3) * mean_3))
+        loss = float(np.sum(meshes.fetch(self.task.weight_3) * mean_3))
         values = {f"val/{k}_loss": float(v) for k, v in zip(steps.LOSSES, mean_3, strict=True)}
         cosine = cosine_N[slice(*self.c.loss.layers)].mean() / max(count_3[1], 1)
         values |= {"val/loss": loss, "val/cosine": float(cosine)}
         self.log.write(int(state.step), values)
+        self._check_finite("validation", int(state.step), values)
         improved = self.best is None or loss < self.best
         self.waited = 0 if improved else self.waited + 1
         self.best = loss if improved else self.best
-        self.saved.save(state, self.meta, loss, self.waited)
+        self._save(state, loss)
+
+    def _save(self, state: steps.State, val_loss: float | None = None) -> None:
+        now = Progress(val_loss, self.best, self.waited, self.log.spent())
+        self.saved.save(state, self.meta, now)
+        self.saved_at = time.monotonic()
 
     def _val_batches(self):
         """Whole batches; rows beyond the last whole one are padded with weightless copies."""
@@ -159,13 +209,40 @@ class _Loop:
                 kept = jax.tree.map(lambda a, r=at: a[r % len(keep.tokens_BxT)], keep)
             yield meshes.put_batch(Batch(behavior, kept), self.mesh)
 
-    def _write(self, step: int, metrics: dict[str, jax.Array], measured: bool) -> None:
-        values = _flatten(jax.device_get(metrics), self.c.loss.layers, measured)
-        keep, T = self.corpus.keep, self.corpus.train.tokens_BxT.shape[1]
-        rows = self.train.batch + (self.train.retain_batch if keep is not None else 0)
-        values |= self.log.rates(step, examples=self.train.batch, tokens=rows * T)
-        self.log.write(step, values)
-        self.log.progress(step, values)
+    def _write(self, step: int, metrics: dict[str, jax.Array], measured: bool, log: bool) -> None:
+        """Checks every step, logs those that are due."""
+        values = _flatten(meshes.fetch(metrics), self.c.loss.layers, measured)
+        if log:
+            keep, T = self.corpus.keep, self.corpus.train.tokens_BxT.shape[1]
+            rows = self.train.batch + (self.train.retain_batch if keep is not None else 0)
+            rates = self.log.rates(step, examples=self.train.batch, tokens=rows * T)
+            if rates and self.chip:  # model FLOPs: what remat computes again does not count
+                peak = self.chip.tflops * 1e12 * jax.device_count()
+                rates["mfu"] = self.flops * rates["examples_per_s"] / self.train.batch / peak
+            values |= rates
+            self.log.write(step, values)
+            self.log.progress(step, values)
+        self._check_finite("training", step, values)
+
+    def _check_finite(self, phase: str, step: int, values: dict[str, float]) -> None:
+        bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
+        if bad:
+            self.saved.wait()
+            raise ValueError(
+                f"{phase}, step {step}: {', '.join(bad)}, expected finite numbers. The last good "
+                f"checkpoint is of step {self.saved.latest()}. Lower train.lr or train.clip, in "
+                "another --workdir."
+            )
+
+    def _profile(self, step: int) -> None:
+        """Traces steps [first, stop) of `train.profile` for TensorBoard's profiler or Perfetto."""
+        first, stop = self.train.profile
+        due = first <= step < stop
+        if due and not self.tracing:
+            jax.profiler.start_trace(str(self.saved.workdir / "profile"))
+        if self.tracing and not due:
+            jax.profiler.stop_trace()
+        self.tracing = due
 
 
 def _every(i: int, n: int) -> bool:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reptune_jax import mesh as meshes
 from reptune_jax.data.batches import Keep
 from reptune_jax.data.schema import load_neutral
 from reptune_jax.lm import Model
@@ -54,8 +55,9 @@ def make_keep(
         keep.at_BxL[r, : len(at)], keep.weight_BxL[r, : len(at)] = at, 1
     for start in range(0, R, batch):
         rows_B = np.resize(np.arange(start, min(start + batch, R)), batch)
-        inputs = (a[rows_B] for a in (keep.tokens_BxT, keep.mask_BxT, keep.at_BxL))
-        keep.hidden_BxLxD[rows_B] = np.asarray(_states(model.decoder, model.params, *inputs))
+        inputs = tuple(a[rows_B] for a in (keep.tokens_BxT, keep.mask_BxT, keep.at_BxL))
+        inputs = meshes.put_rows(inputs, model.mesh)
+        keep.hidden_BxLxD[rows_B] = meshes.fetch(_states(model.decoder, model.params, *inputs))
     return keep
 
 

@@ -122,7 +122,13 @@ def counts(batch: Batch) -> jax.Array:
 
 
 def gradient(
-    decoder: Decoder, trained: Flat, task: Task, batch: Batch, weight_3: jax.Array, accumulate: int
+    decoder: Decoder,
+    trained: Flat,
+    task: Task,
+    batch: Batch,
+    weight_3: jax.Array,
+    accumulate: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Flat, tuple[jax.Array, jax.Array]]:
     """(gradient of the weighted sum of mean losses, (mean LOSSES [3], cosine by layer [N]))."""
     n_3 = counts(batch)
@@ -134,6 +140,7 @@ def gradient(
 
     def micro_step(carry, micro: Batch):
         grads, aux = jax.grad(objective, has_aux=True)(trained, micro)
+        grads = _as_weights(grads, mesh)
         return jax.tree.map(jnp.add, carry, (grads, aux)), None
 
     # Every accumulate-th row, so that a micro-batch is spread over the devices as its batch is.
@@ -157,7 +164,7 @@ def make_step(
     @functools.partial(jax.jit, donate_argnames=("state",))
     def step(state: State, task: Task, batch: Batch, measure: jax.Array):
         def grad_of(weight_3):
-            return gradient(decoder, state.trained, task, batch, weight_3, train.accumulate)
+            return gradient(decoder, state.trained, task, batch, weight_3, train.accumulate, mesh)
 
         grads, (mean_3, cosine_N) = grad_of(task.weight_3)
         norm_3, conflict = jax.lax.cond(
@@ -215,6 +222,16 @@ def init_state(trained: Flat, train: FrozenConfigDict, mesh: Mesh | None = None)
         return _laid_out(State(jnp.int32(0), trained, optimizer.init(trained)), mesh)
 
     return init(trained)
+
+
+def _as_weights(grads: Flat, mesh: Mesh | None) -> Flat:
+    """Each gradient lies as its weight does, on all devices together rather than on each."""
+    if mesh is None:
+        return grads
+    return {
+        path: jax.lax.with_sharding_constraint(g, NamedSharding(mesh, meshes.spec(path, g.ndim)))
+        for path, g in grads.items()
+    }
 
 
 def _laid_out(state: State, mesh: Mesh | None) -> State:

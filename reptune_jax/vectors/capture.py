@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from reptune_jax import mesh as meshes
 from reptune_jax.lm import Model, batches_by_length, pad
 from reptune_jax.model.prefix import apply_after
 from reptune_jax.model.transformer import Decoder, collect
@@ -32,7 +33,8 @@ def read_batch(model: Model, spans: Sequence[Span], rows: int) -> jax.Array:
     weight_Bx1xT = np.zeros((len(tokens), 1, tokens.shape[1]), np.float32)
     for b, s in enumerate(spans):
         weight_Bx1xT[b, 0, s.start - P : s.stop - P] = 1 / (s.stop - s.start)
-    return _read(model.decoder, model.params, prefix, tokens, mask, weight_Bx1xT)[:, : len(spans)]
+    batch = meshes.put_rows((tokens, mask, weight_Bx1xT), model.mesh)
+    return _read(model.decoder, model.params, prefix, *batch)[:, : len(spans)]
 
 
 class Sums(NamedTuple):

@@ -1,5 +1,6 @@
 """Contrastive data to a behavior vector, and the texts that tuning will learn from."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import program
+from reptune_jax import distributed, program
 from reptune_jax.data.schema import Item, load_behavior, select
 from reptune_jax.data.tuning import Answer, answer_row
 from reptune_jax.lm import Model
@@ -22,15 +23,17 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> SteeringVec
     program.claim_study(workdir, c)
     paths = workdir / "vector.safetensors", workdir / "targets.jsonl"
     items = load_behavior(c.behavior)
-    if not paths[0].exists():
+    distributed.same(behavior=hashlib.sha256(repr(items).encode()).hexdigest()[:16])
+    if not distributed.exists(paths[0]):
         model = model or program.load_model(c)
         vector = make_vector(c, model, items)
-        vector.save(paths[0])
+        distributed.once(lambda: vector.save(paths[0]))
         program.say(f"vector: {vector.meta['pairs']} pairs, digest {vector.digest} -> {paths[0]}")
     vector = SteeringVector.load(paths[0])
-    if not paths[1].exists() and select(items, format="free"):
+    if not distributed.exists(paths[1]) and select(items, format="free"):
         model = model or program.load_model(c)
-        write_jsonl(paths[1], make_targets(c, model, items, vector))
+        targets = make_targets(c, model, items, vector)
+        distributed.once(lambda: write_jsonl(paths[1], targets))
         program.say(f"targets: personas' own answers -> {paths[1]}")
     return vector
 

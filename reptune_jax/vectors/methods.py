@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from reptune_jax import mesh as meshes
 from reptune_jax.vectors.capture import Sums
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -14,9 +15,9 @@ def mean_diff(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
     `meta["agreement"]` is the mean cosine between two pairs' differences, per layer: near 0 the
     contrast has no common direction and steering with it will be unreliable (arXiv 2505.22637).
     """
-    n = sums.pairs
-    positive, negative = np.asarray(sums.positive_NxD) / n, np.asarray(sums.negative_NxD) / n
-    squared_N = np.square(np.asarray(sums.unit_difference_NxD)).sum(1)
+    n, found = sums.pairs, meshes.fetch(sums)
+    positive, negative = found.positive_NxD / n, found.negative_NxD / n
+    squared_N = np.square(found.unit_difference_NxD).sum(1)
     agreement_N = (squared_N - n) / max(n * (n - 1), 1)
     about = {
         **meta,
@@ -28,7 +29,7 @@ def mean_diff(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
     }
     return SteeringVector(
         directions_NxD=(positive - negative).astype(np.float32),
-        residual_norm_N=(np.asarray(sums.norm_N) / n).astype(np.float32),
+        residual_norm_N=(found.norm_N / n).astype(np.float32),
         mean_NxD=((positive + negative) / 2).astype(np.float32),
         layers=tuple(range(len(positive))),
         meta=about,

@@ -1,0 +1,130 @@
+"""Which collectives a compiled program runs, over which mesh axes, and how many bytes they move.
+
+Read from the optimized HLO text. The body of a layer scan stands there once and runs once a layer,
+so every computation is weighed by how often it runs. Branches of conditionals count as not taken:
+the only one in a step is for measuring, which few steps do.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
+_OP = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d+)(?:e\d+m\d+\w*)?\[([\d,]*)\]|\b(pred)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_CALLED = re.compile(r"(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
+_WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
+
+_LIMIT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
+
+
+class Traffic(NamedTuple):
+    """Per device and step: how many of a kind run, and the bytes a device sends for them."""
+
+    times: int
+    bytes_sent: float
+
+
+def traffic(hlo: str, mesh: Mesh) -> dict[tuple[str, str], Traffic]:
+    """(kind, axes) -> Traffic, e.g. ("all-gather", "fsdp"), ring algorithms assumed."""
+    computations, entry = _computations(hlo)
+    runs = _runs(computations, entry)
+    found: dict[tuple[str, str], Traffic] = collections.defaultdict(lambda: Traffic(0, 0.0))
+    for name, lines in computations.items():
+        for kind, axes, size in _collectives(lines, mesh) if runs[name] else ():
+            was = found[kind, axes]
+            found[kind, axes] = Traffic(was.times + runs[name], was.bytes_sent + runs[name] * size)
+    return dict(sorted(found.items()))
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    out: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        if (head := _COMPUTATION.match(line)) is not None:
+            name = head[2]
+            out[name] = []
+            entry = name if head[1] else entry
+        elif name:
+            out[name].append(line)
+    return out, entry
+
+
+def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs in one step; callers come after their callees in the text."""
+    runs: dict[str, int] = collections.defaultdict(int)
+    runs[entry] = 1
+    for name in reversed(list(computations)):
+        for line in computations[name] if runs[name] else ():
+            if (loop := _WHILE.search(line)) is not None:
+                runs[loop[2]] += runs[name] * _trips(line, computations.get(loop[1], []))
+            elif " conditional(" not in line:
+                for callee in _CALLED.findall(line):
+                    runs[callee] += runs[name]
+    return runs
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """How often a loop runs: as the compiler notes it, else what its counter is compared with."""
+    if (noted := _TRIPS.search(line)) is not None:
+        return int(noted[1])
+    limits = [int(n) for text in condition for n in _LIMIT.findall(text)]
+    return max(limits, default=1)
+
+
+def _collectives(lines: list[str], mesh: Mesh) -> Iterator[tuple[str, str, float]]:
+    for line in lines:
+        if (op := _OP.search(line)) is None:
+            continue
+        shape, kind, start = op[1], op[2], bool(op[3])
+        group = _group(line, mesh.size)
+        if len(group) < 2:
+            continue
+        sizes = [_size(m) for m in _ARRAY.finditer(shape)]
+        if not sizes:
+            continue
+        # A start's tuple holds operand and result; the larger one is the whole array.
+        whole = max(sizes) if start and kind != "all-reduce" else sum(sizes)
+        yield kind, axes_of(group, mesh), _sent(kind, whole, len(group))
+
+
+def _sent(kind: str, size: float, n: int) -> float:
+    share = (n - 1) / n
+    if kind == "all-reduce":
+        return 2 * size * share
+    if kind == "reduce-scatter":
+        return size * n * share
+    return size if kind == "collective-permute" else size * share
+
+
+def _size(match: re.Match) -> float:
+    kind, dims = (match[1], match[2]) if match[1] else (match[3], match[4])
+    return _BYTES.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d)
+
+
+def _group(line: str, devices: int) -> list[int]:
+    """The devices of the first group, or of the first pair of a permute."""
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        groups, dims = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
+        order = [int(d) for d in iota[3].split(",")] if iota[3] else list(range(len(dims)))
+        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+        return ids.reshape(groups[0], -1)[0].tolist()
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+        return [int(d) for d in listed[1].split(",")]
+    return list(range(devices))  # no groups: all of them
+
+
+def axes_of(group: list[int], mesh: Mesh) -> str:
+    """The mesh axes along which a group's devices differ: "fsdp", "data+fsdp"."""
+    at = np.stack(np.unravel_index(group, mesh.devices.shape))
+    names = [n for n, row in zip(mesh.axis_names, at, strict=True) if len(set(row.tolist())) > 1]
+    return "+".join(names) or "none"

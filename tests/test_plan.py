@@ -1,0 +1,218 @@
+"""The plan, and what the real TPU compiler says of the programs this package runs."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from reptune_jax import config, plan
+from reptune_jax import mesh as meshes
+from reptune_jax.model import decode, families
+from reptune_jax.model.transformer import Decoder, init_cache, unembed, whole
+from reptune_jax.tuning import abstract, collectives, cost, hardware
+from reptune_jax.vectors import capture
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1")
+# As Llama's, but small: grouped heads of 128, untied, every dimension divisible.
+SHAPE = hardware._llama(8192, 512, 1024, 6, 8, 4, head_dim=128)
+ARCH = families.from_config(SHAPE)
+BF16 = jnp.dtype("bfloat16")
+
+
+def settings(**changes):
+    c = config.default()
+    c.model = "none"
+    c.train.layers = c.loss.layers = (2, 4)
+    c.train.batch, c.loss.retain = 8, 0.0
+    for key, value in changes.items():
+        c.update_from_flattened_dict({key.replace("__", "."): value})
+    return config.check(c)
+
+
+@functools.cache
+def mesh_for(topology):
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install -e '.[plan]'")
+    kind, shape = hardware.parse(topology)
+    return meshes.make_mesh(1, 2, 2, devices=plan.tpu_devices(kind, shape))
+
+
+def kinds(hlo, mesh):
+    return set(collectives.traffic(hlo, mesh))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_train_step_compiles_for_a_tpu(topology):
+    mesh = mesh_for(topology)
+    step, args = abstract.step(settings(), ARCH, BF16, mesh, T=128, L=16)
+    lowered = step.lower(*args)
+    leaves = len(jax.tree.leaves(args[0]))
+    # Every leaf of the new state, and the rows of the residual stream where it enters a layer.
+    assert lowered.as_text().count("sdy.sharding_constraint") >= leaves
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes > 0 and memory.alias_size_in_bytes > 0  # state is donated
+    found = kinds(compiled.as_text(), mesh)
+    assert ("all-gather", "fsdp") in found  # weights
+    assert ("all-reduce", "tensor") in found or ("reduce-scatter", "tensor") in found
+    moments = args[0].trained["attn/v/kernel"]
+    assert moments.sharding.shard_shape(moments.shape) == (2, 256, 2, 128)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_extraction_compiles_for_a_tpu(topology):
+    mesh = mesh_for(topology)
+    rows = functools.partial(abstract.struct, mesh=mesh, spec=meshes.BATCH)
+    tokens, mask = rows((8, 128), jnp.int32), rows((8, 128), jnp.int32)
+    weights = abstract.params(ARCH, BF16, mesh)
+    lowered = capture._read.lower(
+        whole(ARCH, BF16, meshes.rows_of(mesh)),
+        weights,
+        tokens,
+        mask,
+        rows((8, 1, 128), jnp.float32),
+    )
+    compiled = lowered.compile()
+    assert compiled.memory_analysis().temp_size_in_bytes > 0
+    assert ("all-gather", "fsdp") in kinds(compiled.as_text(), mesh)
+    # No stack of residuals: what is kept of a layer is one position a row.
+    stack = ARCH.N * 8 * 128 * ARCH.D * 4 // mesh.size
+    assert compiled.memory_analysis().output_size_in_bytes < stack // 16
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_cached_decoding_compiles_for_a_tpu(topology):
+    mesh, B, T, new = mesh_for(topology), 8, 64, 32
+    rows = functools.partial(abstract.struct, mesh=mesh, spec=meshes.BATCH)
+    shared = functools.partial(abstract.struct, mesh=mesh, spec=PartitionSpec())
+    cache = jax.eval_shape(lambda: init_cache(ARCH, B, T + new, BF16))
+    where = meshes.cache_sharding(mesh, B, ARCH.K)
+    cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), cache)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lowered = decode.generate.lower(
+        whole(ARCH, BF16, meshes.rows_of(mesh)),
+        abstract.params(ARCH, BF16, mesh),
+        rows((B, T), jnp.int32),
+        rows((B, T), jnp.int32),
+        cache,
+        None,
+        shared((1,), jnp.int32),
+        shared((), jnp.float32),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
+        max_new=new,
+    )
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    held = sum(a.size * 2 for a in jax.tree.leaves(cache)) // mesh.size
+    assert memory.temp_size_in_bytes > 0
+    assert memory.alias_size_in_bytes >= held  # the donated cache is written in place
+    assert any("tensor" in axes for _, axes in kinds(compiled.as_text(), mesh))
+
+
+# ---------------------------------------------------------------- the plan itself
+
+
+def test_the_plan_is_printed_and_says_what_to_turn(tmp_path):
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps(hardware._llama(256, 64, 96, 4, 4, 2)))
+
+    def run(*flags):
+        command = [sys.executable, "-m", "reptune_jax.plan", "--config=configs/scale.py", *flags]
+        root = Path(__file__).parent.parent
+        return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+    small = (f"--model-config={shape}", "--config.train.layers=(1,3)", "--tokens=64")
+    small += ("--config.loss.layers=(1,3)", "--config.train.batch=8", "--labels=8")
+    fits = run("--topology=gpu:4", *small)
+    assert fits.returncode == 0, fits.stderr
+    for text in ("4 x NVIDIA H100", "forced CPU devices", "temporaries", "all-", "fits: "):
+        assert text in fits.stdout, fits.stdout
+    bad = run("--topology=v9:2x2")
+    assert bad.returncode == 1 and "--topology: got 'v9:2x2', expected one of v4, v5e" in bad.stderr
+    unknown = run("--topology=gpu:2", "--model-config=llama-9b")
+    assert unknown.returncode == 1 and "expected a config.json or one of" in unknown.stderr
+
+
+def test_advice_names_what_dominates():
+    memory = {"frozen weights": 1, "trained weights": 1, "optimizer": 1, "temporaries": 9}
+    alone = {"data": 1, "fsdp": 4, "tensor": 1}
+    assert any("remat=full" in knob for knob in hardware.advice(memory, alone, "none"))
+    assert not any("remat" in knob for knob in hardware.advice(memory, alone, "full"))
+    copied = {"data": 4, "fsdp": 1, "tensor": 1}
+    weights = memory | {"frozen weights": 90}
+    assert any("mesh.fsdp" in knob for knob in hardware.advice(weights, copied, "full"))
+    moments = memory | {"optimizer": 90}
+    assert any("train.layers" in knob for knob in hardware.advice(moments, alone, "full"))
+
+
+def test_chips_are_known_by_what_jax_calls_them():
+    found = ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H200", "NVIDIA H100 80GB HBM3")
+    names = ["TPU v5e", "TPU v5p", "TPU v6e", "NVIDIA H200 SXM", "NVIDIA H100 SXM"]
+    assert [hardware.chip_of(kind).name for kind in found] == names
+    assert hardware.chip_of("cpu") is None
+
+
+HLO = """\
+HloModule step
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ag = bf16[64]{0} all-gather(%x), replica_groups=[2,2]<=[4], dimensions={0}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ag = bf16[64,32]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+%branch (p: f32[8]) -> f32[8] {
+  %never = f32[1000] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %v = (s32[], f32[8]) while(%t), condition=%cond, body=%body.2
+  %r = f32[8,4]{1,0} all-reduce(%y), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %s = (f32[8]{0}, f32[32]{0}) all-gather-start(%z), replica_groups=[1,4]<=[4], dimensions={0}
+  %c = f32[8] conditional(%q, %a, %b), branch_computations={%branch, %branch}
+  %alone = f32[8] all-reduce(%y), replica_groups={{0},{1},{2},{3}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_weighed_by_how_often_they_run():
+    devices = np.array(jax.devices() * 4).reshape(2, 2, 1)
+    found = collectives.traffic(HLO, Mesh(devices, meshes.AXES))
+    assert found == {
+        ("all-gather", "data+fsdp"): (1, 128 * 3 / 4),
+        ("all-gather", "fsdp"): (7 + 5, 7 * 64 * 32 * 2 / 2 + 5 * 64 * 2 / 2),
+        ("all-reduce", "data"): (1, 2 * 128 / 2),
+    }
+
+
+def test_flops_by_formula_are_xlas_of_an_unrolled_model():
+    """XLA counts the body of a scan once, so the layers are cut into segments of one."""
+    a = families.from_config(hardware._llama(512, 128, 256, 4, 4, 2))
+    B, T = 2, 64
+    segments = tuple((f"l{n}", 1) for n in range(a.N))
+    decoder = Decoder(a, segments)
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(decoder.init, key, tokens, tokens)["params"]
+
+    def forward(params, tokens):
+        hidden, _ = decoder.apply({"params": params}, tokens, jnp.ones_like(tokens))
+        return unembed(decoder, params, hidden)
+
+    found = jax.jit(forward).lower(params, tokens).cost_analysis()["flops"]
+    ours = cost.step_flops(a, (0, 4), 0, B * T, T, B * T)["forward"]
+    assert ours == pytest.approx(found, rel=0.05)

@@ -1,0 +1,133 @@
+"""Two real processes of two CPU devices each: training, stopping, resuming, evaluating together."""
+
+import json
+import signal
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from reptune_jax import distributed, train
+from reptune_jax.evals import tuned
+from reptune_jax.tuning import checkpoint
+from tests import processes, tiny_behavior
+
+FLAGS = ("--config.mesh.fsdp=2",)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """And the run of one process with one device."""
+    folder = tmp_path_factory.mktemp("study")
+    # A large eps: else Adam turns rounding noise in tiny gradients into whole steps.
+    settings = {"train__steps": 16, "train__eval_every": 8, "train__batch": 4}
+    study = processes.Study(
+        folder, **settings, loss__retain=0.5, train__retain_batch=4, train__eps=1e-3
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_behavior.patch_neutral(patch)
+        tiny_behavior.keep_programs(folder / "programs")
+        alone = train.run(study.c, study.workdir("alone"))
+        tuned.run(study.c, alone.parent)
+    return study, alone
+
+
+def read_log(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(r["step"], k): v for r in rows for k, v in r.items() if k.endswith("loss")}
+
+
+@pytest.fixture(scope="module")
+def together(study):
+    """(output of the stopped start, output of the one that went on, the run's folder)."""
+    study, alone = study
+    workdir = study.workdir("together")
+    first = study.pair("train", workdir, *FLAGS, sleep=0.3)
+    first[0].until("step 2/16")
+    first[1].process.send_signal(signal.SIGTERM)
+    stopped = [p.check() for p in first]
+    again = [p.check() for p in study.pair("train", workdir, *FLAGS)]
+    return stopped, again, workdir / alone.name
+
+
+def test_sigterm_to_one_stops_both_at_the_same_step(together):
+    stopped, again, folder = together
+    step = int(stopped[0].split("stopped by SIGTERM: step ")[1].split()[0])
+    assert 2 <= step < 16
+    assert f"step {step + 1}/16" in again[0] and f"step {step}/16" not in again[0]
+    assert json.loads((folder / "done.json").read_text())["steps"] == 16
+
+
+def test_only_the_first_process_writes_and_speaks(together):
+    stopped, again, folder = together
+    assert "step 2/16" in stopped[0] and again[0]
+    assert not stopped[1] and not again[1]
+    assert len(list(folder.glob("events.*"))) == 2  # one a start
+    assert json.loads((folder.parent / "config.json").read_text())["processes"] in (1, 2)
+
+
+def test_losses_and_weights_are_those_of_one_process(together, study):
+    ours, theirs = read_log(together[2]), read_log(study[1])
+    assert ours.keys() == theirs.keys() and len(ours) > 60
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    (a, _, n), (b, _, m) = (checkpoint.load_best(f) for f in (together[2], study[1]))
+    assert n == m
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], rtol=1e-5, atol=1e-5)
+
+
+def test_both_evaluate_and_find_what_one_does(together, study):
+    (study, alone), folder = study, together[2]
+    for p in study.pair("evals.tuned", folder.parent, *FLAGS):
+        p.check()
+    ours, theirs = (
+        {
+            (r["metric"], r["split"], r["item_id"], r["layer"], r["position"]): r["value"]
+            for r in pq.read_table(f / "results" / "tuned.parquet").to_pylist()
+            if r["metric"] in ("logodds", "kl", "nll", "cos")
+        }
+        for f in (folder, alone)
+    )
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("what", ["config", "behavior"])
+def test_hosts_that_disagree_stop_and_both_values_are_named(what, study, tmp_path):
+    study, _ = study
+    rows, workdir, cwds = (
+        study.behavior.read_text(),
+        tmp_path / "work",
+        (tmp_path / "a", tmp_path / "b"),
+    )
+    for cwd in cwds:  # each its own file of one name
+        cwd.mkdir()
+        (cwd / "sentiment.jsonl").write_text(rows)
+    each = [[], ["--config.train.lr=0.5"] if what == "config" else []]
+    if what == "behavior":
+        (cwds[1] / "sentiment.jsonl").write_text(rows.replace("mountains", "moorland"))
+    flags = (*FLAGS, "--config.behavior=sentiment.jsonl")
+    pair = study.pair("train", workdir, *flags, each=each, cwds=cwds)
+    assert [p.end() for p in pair] == [1, 1]
+    errors = ["".join(p.err) for p in pair]
+    for error in errors:
+        assert f"error: {what}: got '" in error and "on process 0 and '" in error
+        assert "Traceback" not in error
+
+
+def test_some_of_the_flags_are_an_error():
+    with pytest.raises(ValueError, match="expected all three or none"):
+        distributed.start(coordinator="localhost:1")
+
+
+def test_one_process_needs_no_start():
+    distributed.same(x="a")
+    assert distributed.agree(True) and not distributed.everywhere(False)
+    assert not distributed.stop_asked()
+    wrote = []
+    distributed.once(lambda: wrote.append(1))
+    assert wrote == [1]
+    with pytest.raises(OSError, match="full"):
+        distributed.once(lambda: (_ for _ in ()).throw(OSError("full")))
