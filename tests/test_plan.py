@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from reptune_jax import config, plan
 from reptune_jax import mesh as meshes
 from reptune_jax.model import decode, families
+from reptune_jax.model.prefix import Prefix
 from reptune_jax.model.transformer import Decoder, init_cache, unembed, whole
 from reptune_jax.tuning import abstract, collectives, cost, hardware
 from reptune_jax.vectors import capture
@@ -74,6 +75,7 @@ def test_extraction_compiles_for_a_tpu(topology):
     lowered = capture._read.lower(
         whole(ARCH, BF16, meshes.rows_of(mesh)),
         weights,
+        Prefix(abstract.struct((1, 32), jnp.int32, mesh, PartitionSpec()), None),
         tokens,
         mask,
         rows((8, 1, 128), jnp.float32),
