@@ -33,10 +33,10 @@ def steering(model):
 
 def test_shared_lengths():
     same = list(range(40))
-    assert shared_length([same, same], 100) == 32
-    assert shared_length([same, same], 31) == 16
+    assert shared_length([same, same], 100) == 40
+    assert shared_length([same, same], 31) == 24
     assert shared_length([same, same[:20] + [99]], 100) == 16
-    assert shared_length([same, same[:15] + [99]], 100) == 0
+    assert shared_length([same, same[:7] + [99]], 100) == 0
     assert shared_length([same, [7]], 100) == shared_length([same], 0) == 0
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from reptune_jax.model.intervene import Steer
 from reptune_jax.model.transformer import Cache, Decoder, init_cache
 
-_MULTIPLE = 16  # shared lengths are rounded down to this: few shapes to compile, none too short
+_MULTIPLE = 8  # shared lengths are rounded down to this, so that few shapes are compiled
 
 
 @flax.struct.dataclass
