@@ -48,7 +48,7 @@ def make_run(folder: Path, model: lm.Model, rank: int = 4, modules=("attn/v", "a
         "lora": adapters.about(model.arch, c.train),
     }
     saved = checkpoint.Checkpoints(folder)
-    saved.save(state, meta, 1.0, 0)
+    saved.save(state, meta, checkpoint.Progress(val_loss=1.0, best=1.0))
     saved.close()
     return folder, {k: np.asarray(v) for k, v in state.trained.items()}, meta
 
