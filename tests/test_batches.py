@@ -6,6 +6,7 @@ import pytest
 from reptune_jax.data.batches import Example, choose_rows, stack_examples
 from reptune_jax.data.tuning import (
     Answer,
+    balanced,
     best_share,
     fluent,
     response_example,
@@ -73,15 +74,22 @@ def test_a_verdict_is_predicted_at_the_end_of_the_prompt():
     assert neutral.targets == [[(7, 0.5), (8, 0.5)]]
 
 
-def test_the_best_share_counts_answers_not_prompts():
-    def answer(item, sign, odds):
-        return Answer(item, "tune", sign, "?", "!", [1], odds)
+def answer(item, sign, odds=0.0):
+    return Answer(item, "tune", sign, "?", "!", [1], odds)
 
-    answers = [answer("a", 1, 3.0), answer("a", -1, 0.0), answer("b", 1, 1.0), answer("b", -1, 2.0)]
+
+def test_the_best_share_is_taken_of_each_sign():
+    answers = [answer("a", 1, 3.0), answer("a", -1, 0.0), answer("b", 1, 2.5), answer("b", -1, 2.0)]
     kept = best_share(answers, 0.5)
     assert [(a.item, a.sign) for a in kept] == [("a", 1), ("b", -1)]
     assert best_share(answers, 1.0) == answers
-    assert len(best_share(answers, 0.01)) == 1
+    assert len(best_share(answers, 0.01)) == 2
+
+
+def test_label_neutral_targets_have_as_many_of_either_sign():
+    answers = [answer("a", 1), answer("b", 1), answer("b", -1), answer("c", 1)]
+    assert [(a.item, a.sign) for a in balanced(answers)] == [("a", 1), ("b", -1)]
+    assert balanced(answers[:2]) == []
 
 
 def test_answers_that_loop_are_not_targets():

@@ -54,9 +54,20 @@ def offset_span(offset: int, length: int) -> tuple[int, int]:
 
 
 def best_share(answers: Sequence[Answer], keep: float) -> list[Answer]:
-    """The answers that fit their persona best, by the model's own odds; order is kept."""
-    ranked = sorted(answers, key=lambda a: -a.odds)[: max(round(keep * len(answers)), 1)]
-    chosen = {(a.item, a.sign) for a in ranked}
+    """The answers of each sign that fit their persona best, by the model's odds; order is kept."""
+    chosen: set[tuple[str, int]] = set()
+    for sign in {a.sign for a in answers}:
+        ranked = sorted((a for a in answers if a.sign == sign), key=lambda a: -a.odds)
+        best = ranked[: max(round(keep * len(ranked)), 1)]
+        chosen |= {(a.item, a.sign) for a in best}
+    return [a for a in answers if (a.item, a.sign) in chosen]
+
+
+def balanced(answers: Sequence[Answer]) -> list[Answer]:
+    """As many of either sign: a filter may have left more of one, and the labels would lean."""
+    each = {sign: [a for a in answers if a.sign == sign] for sign in (1, -1)}
+    n = min(map(len, each.values()))
+    chosen = {(a.item, a.sign) for side in each.values() for a in side[:n]}
     return [a for a in answers if (a.item, a.sign) in chosen]
 
 

@@ -47,6 +47,8 @@ def _free_examples(
     if split == "tune":
         answers = examples.fluent(answers, c.targets.max_repeat)
         answers = examples.best_share(answers, c.targets.keep)
+    if c.loss.targets == "neutral":
+        answers = examples.balanced(answers)
     prompts = {i.id: model.encode_prompt(list(i.messages)) for i in select(items, split=split)}
     return [examples.response_example(prompts[a.item], a.ids, c.loss.position) for a in answers]
 
