@@ -335,7 +335,8 @@ def _read_trained(step_folder: Path) -> Flat:
     handler = ocp.StandardCheckpointHandler()
     with ocp.Checkpointer(handler) as reader:
         try:
-            saved = reader.metadata(step_folder / "trained").item_metadata.tree
+            # Not the reader's own `metadata`, which warns that an item alone is no checkpoint.
+            saved = handler.metadata(step_folder / "trained").tree
             like = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in saved.items()}
             return reader.restore(step_folder / "trained", args=ocp.args.StandardRestore(like))
         except RuntimeError:
