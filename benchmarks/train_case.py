@@ -14,8 +14,9 @@ from benchmarks.timing import Call, Case
 from reptune_jax import config as configs
 from reptune_jax.data import batches
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import loop, partition
+from reptune_jax.tuning import partition
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.task import make_task
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.torch_reference import Batch, Objective
 
@@ -62,7 +63,7 @@ def _jax_steps(model: Any, work: Work) -> Call:
         tuple(range(model.arch.N)),
         {},
     )
-    task, step = loop.make_task(c, vector, frozen), steps.make_step(decoder, train)
+    task, step = make_task(c, vector, frozen), steps.make_step(decoder, train)
     batch = jax.device_put(batches.Batch(_rows(work.ids_BxT), None))
     state, losses = steps.init_state(trained, train), []
 

@@ -77,7 +77,7 @@ def make(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> P
 
 def lines(c: ConfigDict, arch: Arch, mesh: Mesh, kind: str, plan: Plan, T: int) -> list[str]:
     """The plan as text."""
-    rows = c.train.batch + (c.train.retain_batch if c.loss.retain else 0)
+    rows = c.train.batch + (c.train.retain_batch if configs.retains(c) else 0)
     first, stop = c.train.layers
     shape = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     chip = hardware.CHIPS.get(kind)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
@@ -10,31 +11,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from reptune_jax import distributed, program
 from reptune_jax import mesh as meshes
-from reptune_jax.data.batches import Batch, Keep, Rows, choose_rows
+from reptune_jax.data.batches import Batch, Keep, Rows, choose_of_each, choose_rows
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import adapters, checkpoint, cost, hardware, partition
+from reptune_jax.tuning import adapters, anchors, checkpoint, cost, hardware, partition
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.checkpoint import Progress
 from reptune_jax.tuning.log import Log
-from reptune_jax.tuning.losses import CosineLoss
+from reptune_jax.tuning.task import Vectors, make_task, needs_anchors
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
 class Corpus(NamedTuple):
-    """All rows of a run: training, validation, retention for each."""
+    """All rows of a run: training, validation, retention for each.
+
+    Training rows of the run's behaviors lie one after another, `sizes` of each; a step takes
+    `batches` of each.
+    """
 
     train: Rows
     val: Rows
     keep: Keep | None
     keep_val: Keep | None
+    sizes: tuple[int, ...]
+    batches: tuple[int, ...]
 
     def digest(self) -> str:
         """Identifies what is trained on: hosts with other data must not train together."""
@@ -44,25 +50,14 @@ class Corpus(NamedTuple):
         return found.hexdigest()[:16]
 
 
-def make_task(c: ConfigDict, vector: SteeringVector, frozen: dict[str, Any]) -> steps.Task:
-    """The armed config as data: directions, cosine loss, weights."""
-    first, stop = c.loss.layers
-    N = len(vector.directions_NxD)
-    if not 0 <= first < stop <= N:
-        raise ValueError(f"loss.layers: got ({first}, {stop}), expected 0 <= first < stop <= {N}.")
-    layer_N = np.zeros(N, np.float32)
-    layer_N[first:stop] = 1
-    into = float(c.loss.mode == "in")
-    cosine = CosineLoss(
-        jnp.float32(c.sign), jnp.float32(into), jnp.float32(1 - into), jnp.asarray(layer_N)
-    )
-    weight_3 = jnp.array([c.loss.token, c.loss.cosine, c.loss.retain], jnp.float32)
-    scale = jnp.float32(adapters.scale(c.train.lora))
-    return steps.Task(frozen, vector.probe(c.loss.center), cosine, weight_3, scale)
-
-
 def tune(
-    c: ConfigDict, folder: Path, model: Model, vector: SteeringVector, corpus: Corpus, meta: dict
+    c: ConfigDict,
+    folder: Path,
+    model: Model,
+    vector: SteeringVector,
+    corpus: Corpus,
+    meta: dict,
+    others: Vectors | None = None,
 ) -> None:
     """Trains into `folder`; resumes from its newest checkpoint; returns at once when it is done."""
     train = FrozenConfigDict(c.train)
@@ -71,7 +66,10 @@ def tune(
     kernel = model.kernel("right") if train.flash else attention.XLA
     rows = meshes.rows_of(mesh)
     decoder = Decoder(model.arch, cuts, model.dtype, train.remat, kernel, rows)
-    task = make_task(c, vector, frozen)
+    task = make_task(c, vector, frozen, others)
+    if needs_anchors(c):
+        anchor = functools.partial(anchors.add, model=model, probe=task.probe, batch=c.eval.batch)
+        corpus = corpus._replace(train=anchor(corpus.train), val=anchor(corpus.val))
     if mesh is not None:  # what is not laid out yet; the frozen weights are
         small = meshes.replicate(dataclasses.replace(task, frozen={}), mesh)
         task = dataclasses.replace(small, frozen=frozen)
@@ -157,7 +155,7 @@ class _Loop:
         return compiled
 
     def _batch(self, step: int) -> Batch:
-        rows = choose_rows(len(self.corpus.train.tokens_BxT), self.train.batch, self.c.seed, step)
+        rows = choose_of_each(self.corpus.sizes, self.corpus.batches, self.c.seed, step)
         behavior = jax.tree.map(lambda a: a[rows], self.corpus.train)
         keep = None
         if self.corpus.keep is not None:
@@ -169,15 +167,16 @@ class _Loop:
 
     def _validate(self, state: steps.State) -> None:
         """Validation losses over all rows; saves a checkpoint under their weighted sum."""
-        total_3, count_3, cosine_N = np.zeros(3), np.zeros(3), np.zeros(self.decoder.arch.N)
-        for batch in self._val_batches():
-            part = self.evaluate(state.trained, self.task, batch)
-            for whole, piece in zip((total_3, count_3, cosine_N), meshes.fetch(part), strict=True):
-                whole += piece
-        mean_3 = total_3 / np.maximum(count_3, 1e-6)
-        loss = float(np.sum(meshes.fetch(self.task.weight_3) * mean_3))
-        values = {f"val/{k}_loss": float(v) for k, v in zip(steps.LOSSES, mean_3, strict=True)}
-        cosine = cosine_N[slice(*self.c.loss.layers)].mean() / max(count_3[1], 1)
+        parts = [
+            meshes.fetch(self.evaluate(state.trained, self.task, batch))
+            for batch in self._val_batches()
+        ]
+        whole, cosine_KxN = jax.tree.map(lambda *each: sum(each), *parts)
+        mean_J = whole.total / np.maximum(whole.n, 1e-6)
+        # By the weights that are not annealed: else the checkpoints of a run would not compare.
+        loss = float(np.sum(meshes.fetch(self.task.weight_J) * mean_J))
+        values = {f"val/{k}_loss": v for k, v in self._by_loss(mean_J).items()}
+        cosine = cosine_KxN[0, slice(*self.c.loss.layers)].mean() / max(whole.n[1], 1)
         values |= {"val/loss": loss, "val/cosine": float(cosine)}
         self.log.write(int(state.step), values)
         self._check_finite("validation", int(state.step), values)
@@ -193,7 +192,7 @@ class _Loop:
 
     def _val_batches(self):
         """Whole batches; rows beyond the last whole one are padded with weightless copies."""
-        val, B, R = self.corpus.val, self.train.batch, self.train.retain_batch
+        val, B, R = self.corpus.val, sum(self.corpus.batches), self.train.retain_batch
         n, keep = len(val.tokens_BxT), self.corpus.keep_val
         for start in range(0, n, B):
             rows = np.arange(start, start + B)
@@ -211,18 +210,41 @@ class _Loop:
 
     def _write(self, step: int, metrics: dict[str, jax.Array], measured: bool, log: bool) -> None:
         """Checks every step, logs those that are due."""
-        values = _flatten(meshes.fetch(metrics), self.c.loss.layers, measured)
+        values = self._flatten(meshes.fetch(metrics), measured)
         if log:
             keep, T = self.corpus.keep, self.corpus.train.tokens_BxT.shape[1]
-            rows = self.train.batch + (self.train.retain_batch if keep is not None else 0)
-            rates = self.log.rates(step, examples=self.train.batch, tokens=rows * T)
+            examples = sum(self.corpus.batches)
+            rows = examples + (self.train.retain_batch if keep is not None else 0)
+            rates = self.log.rates(step, examples=examples, tokens=rows * T)
             if rates and self.chip:  # model FLOPs: what remat computes again does not count
                 peak = self.chip.tflops * 1e12 * jax.device_count()
-                rates["mfu"] = self.flops * rates["examples_per_s"] / self.train.batch / peak
+                rates["mfu"] = self.flops * rates["examples_per_s"] / examples / peak
             values |= rates
             self.log.write(step, values)
             self.log.progress(step, values)
         self._check_finite("training", step, values)
+
+    def _by_loss(self, value_J: np.ndarray) -> dict[str, float]:
+        """By name: the first three, so that arms compare, and what else has a weight."""
+        names = steps.loss_names(self.c.loss.also)
+        shown = names[:3] + tuple(
+            name for name, w in zip(names[3:], self.task.weight_J[3:], strict=True) if w
+        )
+        return {name: float(v) for name, v in zip(names, value_J, strict=True) if name in shown}
+
+    def _flatten(self, metrics: dict[str, np.ndarray], measured: bool) -> dict[str, float]:
+        """Scalars under the names that TensorBoard and metrics.jsonl share."""
+        cosine_KxN = metrics["cosine_KxN"]
+        out = {k: float(metrics[k]) for k in ("loss", "grad_norm", "lr")}
+        out |= {f"{k}_loss": v for k, v in self._by_loss(metrics["mean_J"]).items()}
+        out["cosine/mean"] = float(cosine_KxN[0, slice(*self.c.loss.layers)].mean())
+        out |= {f"cosine/layer_{n:02d}": float(v) for n, v in enumerate(cosine_KxN[0])}
+        for (name, one), cosine_N in zip(self.c.loss.also.items(), cosine_KxN[1:], strict=True):
+            out[f"{name}/cosine"] = float(cosine_N[slice(*one.layers)].mean())
+        if measured:
+            out |= {f"grad_norm/{k}": v for k, v in self._by_loss(metrics["norm_J"]).items()}
+            out["grad_norm/conflict"] = float(metrics["conflict"])
+        return out
 
     def _check_finite(self, phase: str, step: int, values: dict[str, float]) -> None:
         bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
@@ -247,19 +269,3 @@ class _Loop:
 
 def _every(i: int, n: int) -> bool:
     return n > 0 and i % n == 0
-
-
-def _flatten(
-    metrics: dict[str, np.ndarray], layers: tuple[int, int], measured: bool
-) -> dict[str, float]:
-    """Scalars under the names that TensorBoard and metrics.jsonl share."""
-    cosine_N = metrics["cosine_N"]
-    out = {k: float(metrics[k]) for k in ("loss", "grad_norm", "lr")}
-    out |= {f"{k}_loss": float(v) for k, v in zip(steps.LOSSES, metrics["mean_3"], strict=True)}
-    out["cosine/mean"] = float(cosine_N[slice(*layers)].mean())
-    out |= {f"cosine/layer_{n:02d}": float(v) for n, v in enumerate(cosine_N)}
-    if measured:
-        norms = zip(steps.LOSSES, metrics["norm_3"], strict=True)
-        out |= {f"grad_norm/{k}": float(v) for k, v in norms}
-        out["grad_norm/conflict"] = float(metrics["conflict"])
-    return out
