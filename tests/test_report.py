@@ -1,6 +1,7 @@
 """The report of a made-up study: its numbers are those computed by hand from the same rows."""
 
 import base64
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,7 @@ import pytest
 
 from reptune_jax.evals import results, stats
 from reptune_jax.evals.results import Row
-from reptune_jax.report import html, study, tables
+from reptune_jax.report import html, study, tables, verdicts
 from reptune_jax.report.study import BASE, Condition, Measure
 
 VADER, LOGODDS = Measure("vader", "free"), Measure("logodds", "free")
@@ -247,7 +248,7 @@ def test_identical_arms_show_no_difference(tmp_path):
 
 
 def test_claims_follow_the_convention_right_minus_wrong(read, page):
-    frame = tables.claims_frame(read).set_index("condition")
+    frame = verdicts.claims_frame(read).set_index("condition")
     rows = read.rows
     own = rows[(rows.arm == "dual") & (rows["sign"] == 1) & (rows.format == "claim")]
     margin = np.where(own.label == 1, own.value, -own.value)
@@ -262,8 +263,25 @@ def test_claims_follow_the_convention_right_minus_wrong(read, page):
     assert f"{row.auroc.estimate:.3f}" in page
 
 
+def test_claims_are_told_apart_by_form_and_polarity(read):
+    rows = read.rows[(read.rows.format == "claim")]
+    negated = frozenset(rows.item_id[rows.item_id.str.match(r"c[0-4]-")])
+    frame = verdicts.claims_apart_frame(dataclasses.replace(read, negated=negated))
+    own = rows[(rows.arm == "dual") & (rows["sign"] == 1)]
+    for form, chosen in (
+        (", negated", own.item_id.isin(negated)),
+        ("", ~own.item_id.isin(negated)),
+    ):
+        part = own[chosen]
+        expected = stats.auroc(np.where(part.label == 1, part.value, -part.value), part.label)
+        row = frame[(frame.condition == Condition("dual", 1)) & (frame.form == form)].iloc[0]
+        assert row.auroc.estimate == pytest.approx(expected)
+        assert row.n == part.item_id.nunique()
+    assert "Claims by form" in verdicts.verdicts_markdown(read)
+
+
 def test_scenarios_average_both_orders(read):
-    frame = tables.scenarios_frame(read).set_index("condition")
+    frame = verdicts.scenarios_frame(read).set_index("condition")
     rows = read.rows
     own = rows[(rows.arm == "base") & (rows.format == "ab")]
     assert frame.loc[BASE].lie.estimate == pytest.approx((1 / (1 + np.exp(own.value))).mean())
