@@ -163,6 +163,7 @@ def _train() -> ConfigDict:
     c.eps = 1e-8
     c.weight_decay = 0.0
     c.remat = "dots"  # none | dots | full; dots is also the fastest on CPU: less is stored
+    c.cache_gib = 4.0  # host memory for what enters the lowest trained layer; 0 = computed anew
     c.flash = True  # flash attention in training, where machine and model allow it
     c.log_every = 5
     c.measure_every = 10  # gradient norm of each loss alone: three more backward passes

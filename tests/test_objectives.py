@@ -10,7 +10,7 @@ import pytest
 
 from reptune_jax import config, lm, train
 from reptune_jax.data.batches import Batch, choose_of_each, choose_rows, stack_examples
-from reptune_jax.tuning import anchors, checkpoint, partition
+from reptune_jax.tuning import checkpoint, partition, untuned
 from reptune_jax.tuning import step as steps
 from reptune_jax.vectors import extraction
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -93,7 +93,7 @@ def test_a_kept_behavior_pulls_back_to_the_cosine_of_the_base_and_only_when_it_l
     c = tuning_case.settings()
     c.loss.also.kept = other(mode="keep")
     case = tuning_case.case(model, c, others={"kept": tuning_case.vector(model, seed=1)})
-    rows = anchors.add(rows_of(model, [0, 1, 1, 0]), model, case.task.probe, 3)
+    rows = untuned.add_cosines(rows_of(model, [0, 1, 1, 0]), model, case.task.probe, 3)
     batch, only_kept = Batch(rows, None), jnp.eye(7)[6]
     at_base, (mean_J, _) = gradient(
         case.decoder, case.state.trained, case.task, batch, only_kept, accumulate
@@ -106,7 +106,7 @@ def test_a_kept_behavior_pulls_back_to_the_cosine_of_the_base_and_only_when_it_l
         case.decoder, trained, case.task, batch, only_kept, accumulate
     )
     weights = partition.overlay(model.params, trained, c.train.layers)
-    now = anchors.add(rows, dataclasses.replace(model, params=weights), case.task.probe, 4)
+    now = untuned.add_cosines(rows, dataclasses.replace(model, params=weights), case.task.probe, 4)
     apart_BxNxT = (now.base_BxNxT - rows.base_BxNxT) ** 2
     chosen = (rows.cosine_BxT * (rows.of_B == 1)[:, None])[:, None]
     expected = (apart_BxNxT[:, :2] * chosen).sum() / 2 / chosen.sum()
@@ -119,7 +119,7 @@ def test_a_kept_behavior_pulls_back_to_the_cosine_of_the_base_and_only_when_it_l
 def test_a_shift_is_measured_from_the_base_along_the_sign(model):
     c = tuning_case.settings(sign=-1, loss__mode="shift", loss__shift=0.25)
     case = tuning_case.case(model, c)
-    rows = anchors.add(rows_of(model, [0, 0]), model, case.task.probe, 2)
+    rows = untuned.add_cosines(rows_of(model, [0, 0]), model, case.task.probe, 2)
     parts, _ = steps.sums(case.decoder, case.state.trained, case.task, Batch(rows, None))
     assert float(parts.total[1] / parts.n[1]) == pytest.approx(0.25**2, rel=1e-4)
     further = rows.replace(base_BxNxT=rows.base_BxNxT + 0.25)  # then cos = base - shift

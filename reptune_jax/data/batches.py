@@ -29,7 +29,9 @@ class Rows:
     weight_BxLxC: Array
     cosine_BxT: Array
     of_B: Array  # which of the run's behaviors
-    base_BxNxT: Array | None = None  # the base model's cosines, where a loss refers to them
+    base_BxNxT: Array | None = None  # the base model's cosines, where a step refers to them
+    below_BxTxD: Array | None = None  # what enters the lowest trained layer, where it is known
+    below_cosine_BxMxT: Array | None = None  # and the cosines of the M layers below
 
 
 @flax.struct.dataclass
@@ -44,6 +46,7 @@ class Keep:
     next_BxL: Array  # the token that follows
     own_BxL: Array  # 1 where that is a token of the base's own answer
     residual_BxMxLxD: Array | None = None  # output of the M trained layers, where a loss needs it
+    below_BxTxD: Array | None = None
 
 
 @flax.struct.dataclass

@@ -20,7 +20,7 @@ from reptune_jax.data.batches import Batch, Keep, Rows, choose_of_each, choose_r
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import adapters, anchors, checkpoint, cost, hardware, partition
+from reptune_jax.tuning import adapters, checkpoint, cost, hardware, partition, untuned
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.checkpoint import Progress
 from reptune_jax.tuning.log import Log
@@ -67,9 +67,7 @@ def tune(
     rows = meshes.rows_of(mesh)
     decoder = Decoder(model.arch, cuts, model.dtype, train.remat, kernel, rows)
     task = make_task(c, vector, frozen, others)
-    if needs_anchors(c):
-        anchor = functools.partial(anchors.add, model=model, probe=task.probe, batch=c.eval.batch)
-        corpus = corpus._replace(train=anchor(corpus.train), val=anchor(corpus.val))
+    corpus = precomputed(c, model, decoder, task, corpus)
     if mesh is not None:  # what is not laid out yet; the frozen weights are
         small = meshes.replicate(dataclasses.replace(task, frozen={}), mesh)
         task = dataclasses.replace(small, frozen=frozen)
@@ -80,6 +78,30 @@ def tune(
         with Log(folder, train.steps, since, writes, done.seconds) as log:
             loop = _Loop(c, train, decoder, task, corpus, mesh, log, saved, meta)
             loop.run(state, done)
+
+
+def precomputed(
+    c: ConfigDict, model: Model, decoder: Decoder, task: steps.Task, corpus: Corpus
+) -> Corpus:
+    """With what the untuned model computes at these rows, where steps use it."""
+    B = c.eval.batch
+    if needs_anchors(c):
+        anchor = functools.partial(untuned.add_cosines, model=model, probe=task.probe, batch=B)
+        corpus = corpus._replace(train=anchor(corpus.train), val=anchor(corpus.val))
+    gib = untuned.below_gib(model, c.train.layers[0], corpus[:4])
+    if not 0 < gib <= c.train.cache_gib:
+        return corpus
+    began = time.monotonic()
+    sides = {
+        name: untuned.add_below(side, model, decoder, task.frozen, task.probe, B)
+        for name, side in zip(corpus._fields[:4], corpus[:4], strict=True)
+        if side is not None
+    }
+    program.say(
+        f"layers below {c.train.layers[0]}: computed once for all rows, {gib:.2f} GiB, "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+    return corpus._replace(**sides)
 
 
 class _Loop:

@@ -101,6 +101,9 @@ def sums(decoder: Decoder, trained: Flat, task: Task, batch: Batch) -> tuple[los
             variables, **_inputs(task.probe, batch), mutable=["intermediates"]
         )
     cosine_NxBxT = collect(sown["intermediates"], decoder.segments, "cosine")[:, :B]
+    if b.below_cosine_BxMxT is not None:  # those layers did not run: nothing in them changes
+        below_MxBxT = jnp.swapaxes(b.below_cosine_BxMxT, 0, 1)
+        cosine_NxBxT = jnp.concatenate([below_MxBxT, cosine_NxBxT])
 
     logits, K = functools.partial(unembed, decoder, params), task.probe.direction_NxD.shape[1]
     at_label = losses.take(hidden[:B], b.at_BxL)
@@ -123,16 +126,25 @@ def _inputs(probe: Probe, batch: Batch) -> dict[str, Any]:
     """What the decoder takes: all rows, each row's direction, and which residuals are read."""
     b, keep = batch.behavior, batch.keep
     tokens, mask, of, read = b.tokens_BxT, b.mask_BxT, b.of_B, None
+    below = b.below_BxTxD
     if keep is not None:
         tokens = jnp.concatenate([tokens, keep.tokens_BxT])
         mask = jnp.concatenate([mask, keep.mask_BxT])
+        if below is not None and keep.below_BxTxD is not None:
+            below = jnp.concatenate([below, keep.below_BxTxD])
         of = jnp.concatenate([of, jnp.zeros(keep.at_BxL.shape[0], of.dtype)])
         if keep.residual_BxMxLxD is not None:
             at_BxLxT = jax.nn.one_hot(keep.at_BxL, tokens.shape[1])
             read = jnp.pad(at_BxLxT, ((b.of_B.shape[0], 0), (0, 0), (0, 0)))
     alone = probe.direction_NxD.shape[1] == 1  # one direction for all rows needs no copies
     probe = jax.tree.map(lambda a: a[:, 0] if alone else a[:, of], probe)
-    return {"tokens_BxT": tokens, "mask_BxT": mask, "probe": probe, "read_BxPxT": read}
+    return {
+        "tokens_BxT": tokens,
+        "mask_BxT": mask,
+        "probe": probe,
+        "read_BxPxT": read,
+        "enter": None if below is None else ("tuned", below),
+    }
 
 
 def _retention(
