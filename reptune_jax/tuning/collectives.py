@@ -46,6 +46,17 @@ def traffic(hlo: str, mesh: Mesh) -> dict[tuple[str, str], Traffic]:
     return dict(sorted(found.items()))
 
 
+def lines(found: dict[tuple[str, str], Traffic], unit: str = "MiB") -> list[str]:
+    """One line by kind and axes: how many, and what a device sends for them, in `unit`."""
+    if not found:
+        return ["collectives a step: none"]
+    size = {"MiB": 2**20, "GiB": 2**30}[unit]
+    out = [f"collectives a step: kind, mesh axes, how many, {unit} sent per device"]
+    for (kind, axes), t in found.items():
+        out.append(f"  {kind:<20}{axes:<14}{t.times:>6}{t.bytes_sent / size:>9.2f}")
+    return out
+
+
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     out: dict[str, list[str]] = {}
     entry = name = ""

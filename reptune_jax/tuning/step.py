@@ -21,7 +21,7 @@ from reptune_jax.data.batches import Batch
 from reptune_jax.model import lora
 from reptune_jax.model.intervene import Probe
 from reptune_jax.model.transformer import Decoder, collect, unembed
-from reptune_jax.tuning import losses
+from reptune_jax.tuning import cosines, losses
 from reptune_jax.tuning.partition import Flat, merge
 
 LOSSES = ("token", "cosine", "retain")  # the order of every [3] array here
@@ -84,7 +84,7 @@ def make_optimizer(train: FrozenConfigDict) -> optax.GradientTransformation:
 def sums(
     decoder: Decoder, trained: Flat, task: Task, batch: Batch
 ) -> tuple[list[losses.Sum], jax.Array]:
-    """The unreduced LOSSES of a batch, and each layer's summed cosine [N].
+    """The unreduced LOSSES of a batch, and the cosine at every token of its behavior rows.
 
     Behavior rows and retention rows go through the layers together, in one scan.
     """
@@ -111,7 +111,7 @@ def sums(
     if keep is not None:
         at_keep = losses.take(hidden[B:], keep.at_BxL)
         out.append(losses.retention_loss(logits, at_keep, keep.hidden_BxLxD, keep.weight_BxL))
-    return out, jnp.einsum("nbt,bt->n", cosine_NxBxT, b.cosine_BxT)
+    return out, cosine_NxBxT
 
 
 def counts(batch: Batch) -> jax.Array:
@@ -134,7 +134,8 @@ def gradient(
     n_3 = counts(batch)
 
     def objective(trained: Flat, micro: Batch):
-        parts, cosine_N = sums(decoder, trained, task, micro)
+        parts, cosine_NxBxT = sums(decoder, trained, task, micro)
+        cosine_N = jnp.einsum("nbt,bt->n", cosine_NxBxT, micro.behavior.cosine_BxT)
         total_3 = jnp.stack([p.total for p in parts] + [jnp.float32(0)] * (3 - len(parts)))
         return jnp.sum(weight_3 * total_3 / n_3), (total_3 / n_3, cosine_N / n_3[1])
 
@@ -196,14 +197,20 @@ def _each_loss(grad_of: Callable) -> tuple[jax.Array, jax.Array]:
 
 @functools.lru_cache
 def make_evaluate(decoder: Decoder) -> jax.stages.Wrapped:
-    """`evaluate(trained, task, batch) -> (summed LOSSES [3], counts [3], summed cosine [N])`."""
+    """`evaluate(trained, task, batch)`, to be added up over batches.
+
+    Returns (summed LOSSES [3], counts [3], summed cosine [N], how the cosines are spread).
+    """
 
     @jax.jit
     def evaluate(trained: Flat, task: Task, batch: Batch):
-        parts, cosine_N = sums(decoder, trained, task, batch)
+        parts, cosine_NxBxT = sums(decoder, trained, task, batch)
+        weight_BxT = batch.behavior.cosine_BxT
+        cosine_N = jnp.einsum("nbt,bt->n", cosine_NxBxT, weight_BxT)
         zero = losses.Sum(jnp.float32(0), jnp.float32(0))
         parts = parts + [zero] * (3 - len(parts))
-        return jnp.stack([p.total for p in parts]), jnp.stack([p.n for p in parts]), cosine_N
+        total_3, count_3 = (jnp.stack(list(each)) for each in zip(*parts, strict=True))
+        return total_3, count_3, cosine_N, cosines.spread(cosine_NxBxT, weight_BxT)
 
     return evaluate
 
