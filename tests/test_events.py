@@ -117,6 +117,23 @@ def test_the_run_is_a_row_of_the_hparams_tab(finished):
     assert end.status == api_pb2.STATUS_SUCCESS and end.end_time_secs >= start.start_time_secs
 
 
+def test_the_runs_of_a_study_stand_side_by_side_in_the_hparams_tab(finished, made, monkeypatch):
+    c, folder = finished
+    tiny_behavior.patch_neutral(monkeypatch)
+    other = c.copy_and_resolve_references()
+    other.arm = "token"
+    train.run(other, folder.parent, made[0])
+    rows = {row.name: row for row in event_files.hparams_tab(folder.parent)}
+    assert {row.hparams["arm"].string_value for row in rows.values()} == {"dual", "token"}
+    for name, row in rows.items():
+        assert [s.status for s in row.sessions] == [api_pb2.STATUS_SUCCESS]
+        shown = {m.name.tag: m.value for m in row.metric_values}
+        lines = (folder.parent / name / "metrics.jsonl").read_text().splitlines()
+        last = [r for r in map(json.loads, lines) if "val/loss" in r][-1]
+        for tag in ("val/loss", "val/best", "val/cosine"):
+            assert shown[tag] == pytest.approx(last[tag], rel=1e-6)
+
+
 # ---------------------------------------------------------------- the pieces
 
 

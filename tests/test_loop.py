@@ -191,6 +191,10 @@ def test_saves_by_step_and_by_time_change_nothing_else(model, behavior, tmp_path
     assert 0 < seconds[0] < seconds[1]
 
 
+def test_where_the_peak_is_unknown_no_mfu_is_logged(finished):
+    assert not [row for row in read_log(finished[1]) if "mfu" in row]
+
+
 def test_the_steps_of_a_window_are_traced(model, behavior, tmp_path):
     c = tiny_behavior.settings(model.name, behavior, train__steps=3, train__profile=(1, 3))
     folder = train.run(c, tmp_path, model)

@@ -187,6 +187,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %s = (f32[8]{0}, f32[32]{0}) all-gather-start(%z), replica_groups=[1,4]<=[4], dimensions={0}
   %c = f32[8] conditional(%q, %a, %b), branch_computations={%branch, %branch}
   %alone = f32[8] all-reduce(%y), replica_groups={{0},{1},{2},{3}}, to_apply=%add
+  %swap = f32[8] collective-permute(%y), source_target_pairs={{0,0},{1,2},{2,1},{3,3}}
+  %still = f32[8] collective-permute(%y), source_target_pairs={{0,0},{1,1},{2,2},{3,3}}
 }
 """  # noqa: E501
 
@@ -198,4 +200,7 @@ def test_collectives_are_weighed_by_how_often_they_run():
         ("all-gather", "data+fsdp"): (1, 128 * 3 / 4),
         ("all-gather", "fsdp"): (7 + 5, 7 * 64 * 32 * 2 / 2 + 5 * 64 * 2 / 2),
         ("all-reduce", "data"): (1, 2 * 128 / 2),
+        ("collective-permute", "data+fsdp"): (1, 32),
     }
+    assert collectives.lines(found, "GiB")[1].split() == ["all-gather", "data+fsdp", "1", "0.00"]
+    assert collectives.lines({}) == ["collectives a step: none"]

@@ -123,14 +123,17 @@ def _size(match: re.Match) -> float:
 
 
 def _group(line: str, devices: int) -> list[int]:
-    """The devices of the first group, or of the first pair of a permute."""
+    """The devices of the first group, or of a permute's first pair that is not a device's own."""
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         groups, dims = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
         order = [int(d) for d in iota[3].split(",")] if iota[3] else list(range(len(dims)))
         ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
         return ids.reshape(groups[0], -1)[0].tolist()
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return [int(d) for d in listed[1].split(",")]
+    if listed := re.search(r"source_target_pairs=\{([{}\d,]+)\}", line):
+        pairs = [[int(d) for d in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", listed[0])]
+        return next((pair for pair in pairs if pair[0] != pair[1]), [0])
     return list(range(devices))  # no groups: all of them
 
 

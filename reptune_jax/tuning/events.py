@@ -15,6 +15,8 @@ from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
+from reptune_jax import program
+
 _OTHER = ("chat", "eval", "mesh", "steer", "study")  # parts of a config that train nothing
 
 
@@ -50,8 +52,13 @@ class Events:
 
     def hparams(self, run: str, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
         """The run as a row of the HPARAMS tab, with the last value of each of these scalars."""
-        columns = [summary_v2.HParam(k) for k in values], [summary_v2.Metric(k) for k in metrics]
-        self._add(0, *summary_v2.hparams_config_pb(*columns).value)
+        columns = [
+            api_pb2.HParamInfo(name=k, type=_kind(v), differs=k in program.PER_RUN)  # those first
+            for k, v in values.items()
+        ]
+        shown = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=k)) for k in metrics]
+        about = api_pb2.Experiment(hparam_infos=columns, metric_infos=shown)
+        self._add(0, _of_hparams(hparams.EXPERIMENT_TAG, experiment=about))
         self._add(0, *summary_v2.hparams_pb(values, trial_id=run).value)
 
     def finished(self) -> None:
@@ -59,14 +66,22 @@ class Events:
         end = plugin_data_pb2.SessionEndInfo(
             status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time()
         )
-        about = hparams.create_summary_metadata(
-            plugin_data_pb2.HParamsPluginData(session_end_info=end)
-        )
-        tag, nothing = hparams.SESSION_END_INFO_TAG, hparams.NULL_TENSOR
-        self._add(0, Summary.Value(tag=tag, metadata=about, tensor=nothing))
+        self._add(0, _of_hparams(hparams.SESSION_END_INFO_TAG, session_end_info=end))
 
     def _add(self, step: int, *values: Summary.Value) -> None:
         self._file.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+
+
+def _of_hparams(tag: str, **data: Any) -> Summary.Value:
+    """The plugin keeps everything in the metadata of a value that says nothing."""
+    about = hparams.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**data))
+    return Summary.Value(tag=tag, metadata=about, tensor=hparams.NULL_TENSOR)
+
+
+def _kind(value: Any) -> int:
+    if isinstance(value, bool):
+        return api_pb2.DATA_TYPE_BOOL
+    return api_pb2.DATA_TYPE_STRING if isinstance(value, str) else api_pb2.DATA_TYPE_FLOAT64
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,9 +123,9 @@ class _Loop:
                 self._stop(i + 1)
         self._profile(self.train.steps)
         self.saved.wait()  # a run is finished when its last checkpoint is on disk
+        self.log.finished()
         about = {"steps": int(state.step), "best": self.best}
         checkpoint.mark_finished(self.saved.workdir, about)
-        self.log.finished()
 
     def _stop(self, step: int) -> None:
         self._profile(self.train.steps)
