@@ -64,7 +64,7 @@ def _jax_steps(model: Any, work: Work) -> Call:
         {},
     )
     task, step = make_task(c, vector, frozen), steps.make_step(decoder, train)
-    batch = jax.device_put(batches.Batch(_rows(work.ids_BxT), None))
+    batch = jax.device_put(batches.Batch(rows(work.ids_BxT, LABELS), None))
     state, losses = steps.init_state(trained, train), []
 
     def run() -> list[float]:
@@ -76,8 +76,10 @@ def _jax_steps(model: Any, work: Work) -> Call:
     return run
 
 
-def _rows(ids_BxT: np.ndarray) -> batches.Rows:
-    first = T - LABELS
+def rows(ids_BxT: np.ndarray, labels: int) -> batches.Rows:
+    """Each row's last `labels` tokens are its labels, and those whose cosine counts."""
+    T = ids_BxT.shape[1]
+    first = T - labels
     examples = [
         batches.Example(
             ids, list(range(first - 1, T - 1)), [[(i, 1.0)] for i in ids[first:]], (first, T)

@@ -53,6 +53,7 @@ _POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "
 _POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
 # What may change between two starts of one run.
 _PASSING = ("chat", "mesh", "train.save_every", "train.save_minutes", "train.profile")
+_PASSING += ("train.peak_tflops",)
 _POSITIONS = ("response", "last", "before_answer", "all")
 
 
@@ -173,6 +174,7 @@ def _train() -> ConfigDict:
     c.keep = 1  # checkpoints kept besides the best
     c.save_every = 0  # steps between checkpoints besides those of evaluations, 0 = no others
     c.save_minutes = 0.0  # at most about so long between two checkpoints, 0 = no limit
+    c.peak_tflops = 0.0  # of one device, which MFU is a share of; 0 = as published, where known
     c.profile = (0, 0)  # [first, stop) steps traced for TensorBoard or Perfetto; (0, 0) = none
     return c
 
@@ -255,9 +257,9 @@ def check(config: ConfigDict) -> ConfigDict:
             raise ValueError(f"{key}: got {_get(out, key)}, expected more than 0.")
     if out.train.lora.rank < 0:
         raise ValueError(f"train.lora.rank: got {out.train.lora.rank}, expected 0 or more.")
-    for key in ("train.save_every", "train.save_minutes"):
+    for key in ("train.save_every", "train.save_minutes", "train.peak_tflops"):
         if not _get(out, key) >= 0:
-            raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (never) or more.")
+            raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (off) or more.")
     for key in ("train.layers", "loss.layers"):
         _check_layers(key, _get(out, key))
     first, stop = out.train.profile

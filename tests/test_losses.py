@@ -156,7 +156,7 @@ def test_centered_cosine_is_measured_from_the_mean(model):
     c = tuning_case.settings(loss__center=True)
     case, batch = tuning_case.case(model, c, v), tuning_case.batch(model)
     evaluate = steps.make_evaluate(case.decoder)
-    _, (cosine_N,) = evaluate(case.state.trained, case.task, batch)
+    _, (cosine_N,), _ = evaluate(case.state.trained, case.task, batch)
     rows = batch.behavior
     h = np.asarray(model.forward(rows.tokens_BxT, rows.mask_BxT, capture=True).residual_NxBxTxD)
     x, d = h - v.mean_NxD[:, None, None], v.directions_NxD[:, None, None]

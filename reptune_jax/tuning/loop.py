@@ -6,7 +6,6 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from reptune_jax.data.batches import Batch, Keep, Rows, choose_of_each, choose_r
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import adapters, checkpoint, cost, hardware, partition, untuned
+from reptune_jax.tuning import adapters, ahead, checkpoint, cost, hardware, partition, untuned
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.checkpoint import Progress
 from reptune_jax.tuning.log import Log
@@ -118,7 +117,8 @@ class _Loop:
         self.best, self.waited = done.best, done.waited
         first, pending = int(state.step), None
         if self.saved.latest() is None:
-            self._validate(state)  # the untuned model: what every later step must beat
+            found = self._validate(state)  # the untuned model: what every later step must beat
+            self.log.settings(self.saved.workdir.name, self.c.to_dict(), found)
         step = self._compile(state, self._batch(first))
         self.log.begin()
         for i in range(first, self.train.steps):
@@ -137,11 +137,13 @@ class _Loop:
             if validate or stop or self._save_due(i + 1, log):
                 self._write(*pending)  # what a checkpoint follows is checked, and in the log
                 pending = None
-                self._validate(state) if validate else self._save(state)
+                with self.log.aside():
+                    self._validate(state) if validate else self._save(state)
             if stop:
                 self._stop(i + 1)
         self._profile(self.train.steps)
         self.saved.wait()  # a run is finished when its last checkpoint is on disk
+        self.log.finished()
         about = {"steps": int(state.step), "best": self.best}
         checkpoint.mark_finished(self.saved.workdir, about)
 
@@ -164,17 +166,12 @@ class _Loop:
     def _put(self, flag: bool) -> jax.Array:
         return meshes.replicate(np.asarray(flag), self.mesh)
 
-    def _compile(self, state: steps.State, batch: Batch) -> Callable[..., Any]:
-        """Before step 0, so that a step that does not fit is known in the first minute."""
-        layers = tuple(self.train.layers)
-        flops = cost.batch_flops(self.decoder.arch, layers, state.trained, batch)["total"]
-        self.flops, self.chip = flops, hardware.chip_of(jax.devices()[0].device_kind)
-        began = time.monotonic()
-        compiled = self.step.lower(state, self.task, batch, self._put(True)).compile()
-        seconds = time.monotonic() - began
-        program.say(f"{cost.describe(self.decoder.arch, self.train, state.trained, batch)}")
-        program.say(f"compiled in {seconds:.1f} s; {cost.memory(compiled)}")
-        return compiled
+    def _compile(self, state: steps.State, batch: Batch) -> Any:
+        arch, layers = self.decoder.arch, tuple(self.train.layers)
+        self.flops = cost.batch_flops(arch, layers, state.trained, batch)["total"]
+        self.peak = hardware.peak_of(jax.devices()[0].device_kind, self.train.peak_tflops)
+        args = state, self.task, batch, self._put(True)
+        return ahead.compile_step(self.step, args, arch, self.train, self.mesh)
 
     def _batch(self, step: int) -> Batch:
         rows = choose_of_each(self.corpus.sizes, self.corpus.batches, self.c.seed, step)
@@ -187,25 +184,33 @@ class _Loop:
             keep = jax.tree.map(lambda a: a[kept], self.corpus.keep)
         return meshes.put_batch(Batch(behavior, keep), self.mesh)
 
-    def _validate(self, state: steps.State) -> None:
+    def _validate(self, state: steps.State) -> dict[str, float]:
         """Validation losses over all rows; saves a checkpoint under their weighted sum."""
         parts = [
             meshes.fetch(self.evaluate(state.trained, self.task, batch))
             for batch in self._val_batches()
         ]
-        whole, cosine_KxN = jax.tree.map(lambda *each: sum(each), *parts)
+        whole, cosine_KxN, spread = jax.tree.map(
+            lambda *each: np.sum(each, axis=0, dtype=np.float64), *parts
+        )
         mean_J = whole.total / np.maximum(whole.n, 1e-6)
         # By the weights that are not annealed: else the checkpoints of a run would not compare.
         loss = float(np.sum(meshes.fetch(self.task.weight_J) * mean_J))
         values = {f"val/{k}_loss": v for k, v in self._by_loss(mean_J).items()}
         cosine = cosine_KxN[0, slice(*self.c.loss.layers)].mean() / max(whole.n[1], 1)
-        values |= {"val/loss": loss, "val/cosine": float(cosine)}
+        improved = self.best is None or loss < self.best
+        best = loss if improved else self.best
+        values |= {"val/loss": loss, "val/best": best, "val/cosine": float(cosine)}
         self.log.write(int(state.step), values)
         self._check_finite("validation", int(state.step), values)
-        improved = self.best is None or loss < self.best
-        self.waited = 0 if improved else self.waited + 1
-        self.best = loss if improved else self.best
+        self.log.cosines(int(state.step), spread, self._shown())
+        self.waited, self.best = 0 if improved else self.waited + 1, best
         self._save(state, loss)
+        return values
+
+    def _shown(self) -> list[int]:
+        """Layers that are trained or whose cosine counts: those with a histogram."""
+        return sorted({*range(*self.train.layers), *range(*self.c.loss.layers)})
 
     def _save(self, state: steps.State, val_loss: float | None = None) -> None:
         now = Progress(val_loss, self.best, self.waited, self.log.spent())
@@ -238,9 +243,9 @@ class _Loop:
             examples = sum(self.corpus.batches)
             rows = examples + (self.train.retain_batch if keep is not None else 0)
             rates = self.log.rates(step, examples=examples, tokens=rows * T)
-            if rates and self.chip:  # model FLOPs: what remat computes again does not count
-                peak = self.chip.tflops * 1e12 * jax.device_count()
-                rates["mfu"] = self.flops * rates["examples_per_s"] / examples / peak
+            if rates and self.peak:  # model FLOPs: what remat computes again does not count
+                per_s = self.flops * rates["examples_per_s"] / examples
+                rates["mfu"] = per_s / (self.peak * 1e12 * jax.device_count())
             values |= rates
             self.log.write(step, values)
             self.log.progress(step, values)

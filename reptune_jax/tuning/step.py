@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from reptune_jax import mesh as meshes
-from reptune_jax.data.batches import Batch, Keep
+from reptune_jax.data.batches import Batch, Keep, Rows
 from reptune_jax.model import lora
 from reptune_jax.model.intervene import Probe
 from reptune_jax.model.transformer import Decoder, collect, unembed
-from reptune_jax.tuning import losses
+from reptune_jax.tuning import cosines, losses
 from reptune_jax.tuning.partition import Flat, merge
 
 _NONE = 1e-6  # instead of a count of zero
@@ -89,7 +89,7 @@ def make_optimizer(train: FrozenConfigDict) -> optax.GradientTransformation:
 
 
 def sums(decoder: Decoder, trained: Flat, task: Task, batch: Batch) -> tuple[losses.Sum, jax.Array]:
-    """The unreduced losses of a batch [J], and each layer's summed cosine by behavior [K, N].
+    """The unreduced losses of a batch [J], and the cosine at every token of its behavior rows.
 
     Behavior rows and retention rows go through the layers together, in one scan.
     """
@@ -116,10 +116,13 @@ def sums(decoder: Decoder, trained: Flat, task: Task, batch: Batch) -> tuple[los
     each = [s.by_behavior(b.of_B, K) for s in (token, cosine)]
     # Of rows or of retention rows: what is summed over never mixes the two.
     total_J, n_J = (_in_order(*parts) for parts in zip(*each, _joined(kept), strict=True))
-    of_KxB = jnp.arange(K)[:, None] == b.of_B
-    return losses.Sum(total_J, n_J), jnp.einsum(
-        "nbt,bt,kb->kn", cosine_NxBxT, b.cosine_BxT, of_KxB.astype(jnp.float32)
-    )
+    return losses.Sum(total_J, n_J), cosine_NxBxT
+
+
+def cosine_sums(cosine_NxBxT: jax.Array, rows: Rows, K: int) -> jax.Array:
+    """[K, N]: over the chosen tokens of each behavior."""
+    of_KxB = (jnp.arange(K)[:, None] == rows.of_B).astype(jnp.float32)
+    return jnp.einsum("nbt,bt,kb->kn", cosine_NxBxT, rows.cosine_BxT, of_KxB)
 
 
 def _inputs(probe: Probe, batch: Batch) -> dict[str, Any]:
@@ -206,7 +209,8 @@ def gradient(
     n_J, n_K = counts(batch, task.probe.direction_NxD.shape[1])
 
     def objective(trained: Flat, micro: Batch):
-        parts, cosine_KxN = sums(decoder, trained, task, micro)
+        parts, cosine_NxBxT = sums(decoder, trained, task, micro)
+        cosine_KxN = cosine_sums(cosine_NxBxT, micro.behavior, len(n_K))
         mean_J = parts.total / n_J
         return jnp.sum(weight_J * mean_J), (mean_J, cosine_KxN / n_K[:, None])
 
@@ -282,8 +286,21 @@ def _each_loss(
 
 @functools.lru_cache
 def make_evaluate(decoder: Decoder) -> jax.stages.Wrapped:
-    """`evaluate(trained, task, batch)`: `sums`, jitted."""
-    return jax.jit(functools.partial(sums, decoder))
+    """`evaluate(trained, task, batch)`, to be added up over batches.
+
+    Returns (sums and counts of the losses [J], summed cosines [K, N], how those of the main
+    behavior are spread).
+    """
+
+    @jax.jit
+    def evaluate(trained: Flat, task: Task, batch: Batch):
+        parts, cosine_NxBxT = sums(decoder, trained, task, batch)
+        rows, K = batch.behavior, task.probe.direction_NxD.shape[1]
+        weight_BxT = rows.cosine_BxT * (rows.of_B == 0)[:, None]
+        spread = cosines.spread(cosine_NxBxT, weight_BxT)
+        return parts, cosine_sums(cosine_NxBxT, rows, K), spread
+
+    return evaluate
 
 
 def init_state(trained: Flat, train: FrozenConfigDict, mesh: Mesh | None = None) -> State:
