@@ -23,8 +23,9 @@ from benchmarks.timing import Call, Timing, alternate
 from reptune_jax import program
 from reptune_jax.data.batches import Batch
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import adapters, cost, loop, partition
+from reptune_jax.tuning import adapters, cost, partition
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.task import make_task
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 MIDDLE = (1 / 3, 2 / 3)

@@ -65,9 +65,27 @@ def test_a_steps_flops_are_xlas(changes, unrolled):
         c.update_from_flattened_dict({key.replace("__", "."): value})
     f32 = jnp.dtype("float32")
     _, (state, task, batch, _) = abstract.step(c, ARCH, f32, meshes.make_mesh(), T, LABELS)
+    check_flops(c, state, task, batch)
+
+
+def test_a_step_that_begins_above_the_frozen_layers_does_less(unrolled):
+    c = tuning_case.settings(train__batch=4, train__remat="none", train__layers=(2, 4))
+    mesh, f32 = meshes.make_mesh(), jnp.dtype("float32")
+    _, (state, task, batch, _) = abstract.step(c, ARCH, f32, mesh, T, LABELS)
+    whole = cost.batch_flops(ARCH, (2, 4), state.trained, batch)
+    known = {"below_BxTxD": (4, T, ARCH.D), "below_cosine_BxMxT": (4, 2, T)}
+    known = {k: abstract.struct(shape, f32, mesh, meshes.BATCH) for k, shape in known.items()}
+    batch = batch.replace(behavior=batch.behavior.replace(**known))
+    check_flops(c, state, task, batch)
+    ours = cost.batch_flops(ARCH, (2, 4), state.trained, batch)
+    assert whole["forward"] - ours["forward"] == 2 * cost.layer_flops(ARCH, 4 * T, T)
+
+
+def check_flops(c, state, task, batch):
+    f32 = jnp.dtype("float32")
     decoder = Decoder(ARCH, partition.segments(ARCH.N, c.train.layers), f32, "none")
     gradient = jax.jit(steps.gradient, static_argnums=(0, 5))
-    lowered = gradient.lower(decoder, state.trained, task, batch, task.weight_3, 1)
+    lowered = gradient.lower(decoder, state.trained, task, batch, task.weight_J, 1)
     found = lowered.cost_analysis()["flops"]
     ours = cost.batch_flops(ARCH, tuple(c.train.layers), state.trained, batch)["total"]
     assert ours == pytest.approx(found, rel=0.05)
@@ -90,7 +108,12 @@ def test_mfu_is_flops_over_time_over_the_peak(given, tmp_path, monkeypatch, caps
     model = lm.load(str(tiny.make_llama(tmp_path / "llama")), "float32")
     behavior = tiny_behavior.write(tmp_path)
     c = tiny_behavior.settings(
-        model.name, behavior, train__steps=3, train__peak_tflops=given, loss__retain=0.5
+        model.name,
+        behavior,
+        train__steps=3,
+        train__peak_tflops=given,
+        loss__retain=0.5,
+        train__cache_gib=0.0,
     )
     folder = train.run(c, tmp_path / "study", model)
     said = capsys.readouterr().out
