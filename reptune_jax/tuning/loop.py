@@ -177,8 +177,8 @@ class _Loop:
         loss = float(np.sum(meshes.fetch(self.task.weight_3) * mean_3))
         values = {f"val/{k}_loss": float(v) for k, v in zip(steps.LOSSES, mean_3, strict=True)}
         cosine = cosine_N[slice(*self.c.loss.layers)].mean() / max(count_3[1], 1)
-        improved = self.best is None or loss < self.best
-        best = loss if improved else self.best
+        was = math.inf if self.best is None else self.best
+        improved, best = loss < was, min(loss, was)
         values |= {"val/loss": loss, "val/best": best, "val/cosine": float(cosine)}
         self.log.write(int(state.step), values)
         self._check_finite("validation", int(state.step), values)
