@@ -52,7 +52,13 @@ _POSITIVE: tuple[str, ...] = (
 _POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.keep")
 _POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
 # What may change between two starts of one run.
-_PASSING = ("chat", "mesh", "train.save_every", "train.save_minutes", "train.profile")
+_PASSING: tuple[str, ...] = (
+    "chat",
+    "mesh",
+    "train.save_every",
+    "train.save_minutes",
+    "train.profile",
+)
 _PASSING += ("train.peak_tflops",)
 _POSITIONS = ("response", "last", "before_answer", "all")
 

@@ -17,7 +17,7 @@ from reptune_jax.tuning.corpus import make_corpus
 from tests import tiny, tiny_behavior, tuning_case
 
 # As Llama's, and wide enough that matrix products are what XLA counts most.
-ARCH = families.from_config(hardware._llama(2048, 512, 1024, 4, 8, 4, head_dim=64))
+ARCH = families.from_config(hardware._llama(8192, 512, 1024, 4, 8, 4, head_dim=64))
 T, LABELS = 128, 32
 
 
@@ -61,6 +61,7 @@ def test_forward_flops_are_xlas(unrolled):
 )
 def test_a_steps_flops_are_xlas(changes, unrolled):
     c = tuning_case.settings(train__batch=4, train__retain_batch=8, train__remat="none")
+    c.train.retain_positions = 96  # so that the head counts
     for key, value in changes.items():
         c.update_from_flattened_dict({key.replace("__", "."): value})
     f32 = jnp.dtype("float32")

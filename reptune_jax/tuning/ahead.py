@@ -27,7 +27,7 @@ def compile_step(
     state, _, batch, _ = args
     program.say(cost.describe(arch, train, state.trained, batch))
     began = time.monotonic()
-    compiled = step.lower(*args).compile()
+    compiled: Any = step.lower(*args).compile()
     program.say(f"compiled in {time.monotonic() - began:.1f} s; {cost.memory(compiled)}")
     found = collectives.traffic(compiled.as_text(), mesh) if mesh is not None else {}
     for line in collectives.lines(found):

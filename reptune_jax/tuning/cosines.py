@@ -3,10 +3,14 @@
 Counted on the device in bins that never move, so that batches, hosts and evaluations add up.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Array = Any  # jax.Array on the device, numpy once batches are added up
 
 BINS = 400  # of equal width over [-1, 1]
 
@@ -15,9 +19,9 @@ BINS = 400  # of equal width over [-1, 1]
 class Spread:
     """Sums over the chosen tokens; K bins, P places: the p-th chosen token of its row."""
 
-    count_NxK: jax.Array
-    cosine_NxP: jax.Array
-    count_P: jax.Array
+    count_NxK: Array
+    cosine_NxP: Array
+    count_P: Array
 
 
 def spread(cosine_NxBxT: jax.Array, weight_BxT: jax.Array) -> Spread:

@@ -13,8 +13,8 @@ from reptune_jax import program
 from reptune_jax.tuning import cosines, heatmap
 from reptune_jax.tuning.events import Events, flat_settings
 
-_SHOWN = ("loss", "token_loss", "cosine_loss", "retain_loss", "cosine/mean", "examples_per_s")
-_SHOWN += ("mfu",)
+_SHOWN = ("loss", "token_loss", "cosine_loss", "retain_loss", "cosine/mean")
+_RATES = ("examples_per_s", "mfu")
 
 
 class Log:
@@ -102,7 +102,7 @@ class Log:
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
         """step 20/40 loss 1.234 … examples_per_s 6.1, 3 min 05 s left."""
-        shown = " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in _SHOWN)
+        shown = " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in (*_SHOWN, *_RATES))
         if step < self._steps:
             shown += f", {_clock((self._steps - step) * self.spent() / step)} left"
         program.say(f"step {step}/{self._steps} {shown}")

@@ -198,8 +198,8 @@ class _Loop:
         loss = float(np.sum(meshes.fetch(self.task.weight_J) * mean_J))
         values = {f"val/{k}_loss": v for k, v in self._by_loss(mean_J).items()}
         cosine = cosine_KxN[0, slice(*self.c.loss.layers)].mean() / max(whole.n[1], 1)
-        improved = self.best is None or loss < self.best
-        best = loss if improved else self.best
+        was = math.inf if self.best is None else self.best
+        improved, best = loss < was, min(loss, was)
         values |= {"val/loss": loss, "val/best": best, "val/cosine": float(cosine)}
         self.log.write(int(state.step), values)
         self._check_finite("validation", int(state.step), values)
