@@ -14,7 +14,7 @@ from benchmarks.timing import Call, Case
 from reptune_jax import config as configs
 from reptune_jax.data import batches
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import partition
+from reptune_jax.tuning import partition, untuned
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.task import make_task
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -54,7 +54,8 @@ def settings(layers: tuple[int, int]) -> ConfigDict:
 def _jax_steps(model: Any, work: Work) -> Call:
     c = settings(work.layers)
     train = FrozenConfigDict(c.train)
-    decoder = Decoder(model.arch, partition.segments(model.arch.N, work.layers), model.dtype)
+    cuts = partition.segments(model.arch.N, work.layers)
+    decoder = Decoder(model.arch, cuts, model.dtype, train.remat)
     trained, frozen = partition.split(model.params, work.layers, c.train.modules)
     vector = SteeringVector(
         work.directions_NxD,
@@ -64,7 +65,11 @@ def _jax_steps(model: Any, work: Work) -> Call:
         {},
     )
     task, step = make_task(c, vector, frozen), steps.make_step(decoder, train)
-    batch = jax.device_put(batches.Batch(rows(work.ids_BxT, LABELS), None))
+    # As `train` does: what enters the lowest trained layer is computed once for a row.
+    known = untuned.add_below(
+        rows(work.ids_BxT, LABELS), model, decoder, frozen, task.probe, batch=B
+    )
+    batch = jax.device_put(batches.Batch(known, None))
     state, losses = steps.init_state(trained, train), []
 
     def run() -> list[float]:

@@ -2,7 +2,8 @@
 
     python -m reptune_jax.study --config=configs/sentiment.py --workdir=runs/sentiment
 
-`configs/sentiment.py:quick` is the quickstart, cut down for two CPU cores.
+`configs/sentiment.py:quick` is the quickstart, cut down for two CPU cores; `:persona` has targets
+that the personas wrote without steering, so that only the vector brings in the vector.
 """
 
 from ml_collections import ConfigDict
@@ -11,8 +12,10 @@ from reptune_jax.config import default
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ("", "quick"):
-        raise ValueError(f"configs/sentiment.py: got {arg!r}, expected nothing or 'quick'.")
+    if arg not in ("", "quick", "persona"):
+        raise ValueError(
+            f"configs/sentiment.py: got {arg!r}, expected nothing, 'quick' or 'persona'."
+        )
     c = default()
     c.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     c.behavior = "sentiment"
@@ -42,7 +45,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.study.primary = "vader:free"
     c.study.arms = ("base", "prompt", "steer", "bake", "token", "vector", "dual", "random", "out")
     c.study.seeds = (0, 1, 2)
-    return quick(c) if arg else c
+    if arg == "persona":
+        c.targets.dose = 0.0
+        c.study.arms = ("base", "steer", "token", "dual", "random")
+        c.study.seeds = (0, 1)
+    return quick(c) if arg == "quick" else c
 
 
 def quick(c: ConfigDict) -> ConfigDict:

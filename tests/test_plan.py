@@ -184,6 +184,9 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
   %v = (s32[], f32[8]) while(%t), condition=%cond, body=%body.2
   %r = f32[8,4]{1,0} all-reduce(%y), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %m = f32[8] all-reduce(%y), replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=1] {'axis_0','axis_2'}, to_apply=%add
+  %begin = f32[64]{0} all-gather(%x), channel_id=3, replica_groups=[2,2]<=[4], dimensions={0}
+  %end = f32[64]{0} all-gather(%x), channel_id=3, replica_groups=[2,2]<=[4], dimensions={0}
   %s = (f32[8]{0}, f32[32]{0}) all-gather-start(%z), replica_groups=[1,4]<=[4], dimensions={0}
   %c = f32[8] conditional(%q, %a, %b), branch_computations={%branch, %branch}
   %alone = f32[8] all-reduce(%y), replica_groups={{0},{1},{2},{3}}, to_apply=%add
@@ -198,8 +201,8 @@ def test_collectives_are_weighed_by_how_often_they_run():
     found = collectives.traffic(HLO, Mesh(devices, meshes.AXES))
     assert found == {
         ("all-gather", "data+fsdp"): (1, 128 * 3 / 4),
-        ("all-gather", "fsdp"): (7 + 5, 7 * 64 * 32 * 2 / 2 + 5 * 64 * 2 / 2),
-        ("all-reduce", "data"): (1, 2 * 128 / 2),
+        ("all-gather", "fsdp"): (7 + 5 + 1, 7 * 64 * 32 * 2 / 2 + 5 * 64 * 2 / 2 + 64 * 4 / 2),
+        ("all-reduce", "data"): (2, 2 * 128 / 2 + 2 * 32 / 2),
         ("collective-permute", "data+fsdp"): (1, 32),
     }
     assert collectives.lines(found, "GiB")[1].split() == ["all-gather", "data+fsdp", "1", "0.00"]

@@ -1,8 +1,10 @@
 """Which collectives a compiled program runs, over which mesh axes, and how many bytes they move.
 
 Read from the optimized HLO text. The body of a layer scan stands there once and runs once a layer,
-so every computation is weighed by how often it runs. Branches of conditionals count as not taken:
-the only one in a step is for measuring, which few steps do.
+so every computation is weighed by how often it runs. The TPU compiler writes one collective that
+runs beside others' arithmetic several times, as its beginning, middle and end: same channel, one
+collective. Branches of conditionals count as not taken: the only one in a step is for measuring,
+which few steps do.
 """
 
 import collections
@@ -22,6 +24,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d+)(?:e\d+m\d+\w*)?\[([\d,]*)\]|\b(pred)\[([\d,]
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
 _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 
 _LIMIT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
@@ -38,11 +41,15 @@ def traffic(hlo: str, mesh: Mesh) -> dict[tuple[str, str], Traffic]:
     """(kind, axes) -> Traffic, e.g. ("all-gather", "fsdp"), ring algorithms assumed."""
     computations, entry = _computations(hlo)
     runs = _runs(computations, entry)
-    found: dict[tuple[str, str], Traffic] = collections.defaultdict(lambda: Traffic(0, 0.0))
+    each: dict[str, tuple[int, float, str, str]] = {}  # by channel, of which there is one each
     for name, lines in computations.items():
-        for kind, axes, size in _collectives(lines, mesh) if runs[name] else ():
-            was = found[kind, axes]
-            found[kind, axes] = Traffic(was.times + runs[name], was.bytes_sent + runs[name] * size)
+        for channel, kind, axes, size in _collectives(lines, mesh) if runs[name] else ():
+            key = channel or f"{name} {len(each)}"
+            each[key] = max(each.get(key, (0, 0.0, "", "")), (runs[name], size, kind, axes))
+    found: dict[tuple[str, str], Traffic] = collections.defaultdict(lambda: Traffic(0, 0.0))
+    for times, size, kind, axes in each.values():
+        was = found[kind, axes]
+        found[kind, axes] = Traffic(was.times + times, was.bytes_sent + times * size)
     return dict(sorted(found.items()))
 
 
@@ -92,7 +99,8 @@ def _trips(line: str, condition: list[str]) -> int:
     return max(limits, default=1)
 
 
-def _collectives(lines: list[str], mesh: Mesh) -> Iterator[tuple[str, str, float]]:
+def _collectives(lines: list[str], mesh: Mesh) -> Iterator[tuple[str, str, str, float]]:
+    """(channel or "", kind, axes, bytes sent) of each."""
     for line in lines:
         if (op := _OP.search(line)) is None:
             continue
@@ -105,7 +113,9 @@ def _collectives(lines: list[str], mesh: Mesh) -> Iterator[tuple[str, str, float
             continue
         # A start's tuple holds operand and result; the larger one is the whole array.
         whole = max(sizes) if start and kind != "all-reduce" else sum(sizes)
-        yield kind, axes_of(group, mesh), _sent(kind, whole, len(group))
+        found = _CHANNEL.search(line)
+        channel, sent = found[1] if found else "", _sent(kind, whole, len(group))
+        yield channel, kind, axes_of(group, mesh), sent
 
 
 def _sent(kind: str, size: float, n: int) -> float:
@@ -129,6 +139,11 @@ def _group(line: str, devices: int) -> list[int]:
         order = [int(d) for d in iota[3].split(",")] if iota[3] else list(range(len(dims)))
         ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
         return ids.reshape(groups[0], -1)[0].tolist()
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        along = re.findall(r"'(\w+)'", named[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        return ids[tuple(slice(None) if name in along else 0 for name in sizes)].ravel().tolist()
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return [int(d) for d in listed[1].split(",")]
     if listed := re.search(r"source_target_pairs=\{([{}\d,]+)\}", line):
