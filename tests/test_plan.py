@@ -168,6 +168,19 @@ HloModule step
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
+%cond.3 (p: (f32[8], u32[])) -> pred[] {
+  %n = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body.3 (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %next = u32[]{:T(128)} add(%i, %two)
+  %piece = f32[8] collective-permute(%y), channel_id=9, source_target_pairs={{0,1},{1,0}}
+}
+
 %body.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %ag = bf16[64]{0} all-gather(%x), replica_groups=[2,2]<=[4], dimensions={0}
 }
@@ -183,6 +196,7 @@ HloModule step
 ENTRY %main (a: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
   %v = (s32[], f32[8]) while(%t), condition=%cond, body=%body.2
+  %u = (f32[8], u32[]) while(%t), condition=%cond.3, body=%body.3
   %r = f32[8,4]{1,0} all-reduce(%y), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
   %m = f32[8] all-reduce(%y), replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=1] {'axis_0','axis_2'}, to_apply=%add
   %begin = f32[64]{0} all-gather(%x), channel_id=3, replica_groups=[2,2]<=[4], dimensions={0}
@@ -204,6 +218,7 @@ def test_collectives_are_weighed_by_how_often_they_run():
         ("all-gather", "fsdp"): (7 + 5 + 1, 7 * 64 * 32 * 2 / 2 + 5 * 64 * 2 / 2 + 64 * 4 / 2),
         ("all-reduce", "data"): (2, 2 * 128 / 2 + 2 * 32 / 2),
         ("collective-permute", "data+fsdp"): (1, 32),
+        ("collective-permute", "fsdp"): (4, 4 * 32),
     }
     assert collectives.lines(found, "GiB")[1].split() == ["all-gather", "data+fsdp", "1", "0.00"]
     assert collectives.lines({}) == ["collectives a step: none"]

@@ -27,7 +27,10 @@ _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 
-_LIMIT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
+_CONSTANT = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
+_NAMED = re.compile(r"%([\w.\-]+) = [su]32\[\][^ ]* constant\((\d+)\)")
+_ELEMENT = re.compile(r"%([\w.\-]+) = [su]32\[\][^ ]* get-tuple-element\([^)]*\), index=(\d+)")
+_ADD = re.compile(r" add\(%([\w.\-]+), %([\w.\-]+)\)")
 
 
 class Traffic(NamedTuple):
@@ -84,19 +87,34 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     for name in reversed(list(computations)):
         for line in computations[name] if runs[name] else ():
             if (loop := _WHILE.search(line)) is not None:
-                runs[loop[2]] += runs[name] * _trips(line, computations.get(loop[1], []))
+                condition, body = (computations.get(part, []) for part in loop.groups())
+                runs[loop[2]] += runs[name] * _trips(line, condition, body)
             elif " conditional(" not in line:
                 for callee in _CALLED.findall(line):
                     runs[callee] += runs[name]
     return runs
 
 
-def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs: as the compiler notes it, else what its counter is compared with."""
+def _trips(line: str, condition: list[str], body: list[str]) -> int:
+    """How often a loop runs: as the compiler notes it, else from its counter, limit and step.
+
+    The TPU compiler sends a weight around piece by piece in such loops, beside the products with
+    the pieces that are there, and unrolls them.
+    """
     if (noted := _TRIPS.search(line)) is not None:
         return int(noted[1])
-    limits = [int(n) for text in condition for n in _LIMIT.findall(text)]
-    return max(limits, default=1)
+    limits = [int(n) for text in condition for n in _CONSTANT.findall(text)]
+    counters = [index for text in condition for index in _ELEMENT.findall(text)]
+    steps = [n for index in counters[:1] for n in _steps(body, index[1])]
+    return -(-max(limits, default=1) // max(steps, default=1))
+
+
+def _steps(body: list[str], index: str) -> list[int]:
+    """The constants that a loop's body adds to this element of what it carries."""
+    constants = {name: int(n) for text in body for name, n in _NAMED.findall(text)}
+    of_index = {name for text in body for name, at in _ELEMENT.findall(text) if at == index}
+    added = (pair for text in body for pair in _ADD.findall(text))
+    return [constants[b] for a, b in added if a in of_index and b in constants]
 
 
 def _collectives(lines: list[str], mesh: Mesh) -> Iterator[tuple[str, str, str, float]]:
