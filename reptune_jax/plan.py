@@ -171,6 +171,8 @@ def tpu_devices(kind: str, shape: str) -> list[Any]:
     # There is no TPU to ask about itself, and no use in complaining of that.
     quiet = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
     quiet |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1"}
+    # None is opened either, so other processes that compile at the same time are no trouble.
+    quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.update(quiet)
     from jax.experimental import topologies
 

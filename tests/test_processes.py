@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reptune_jax import distributed, train
-from reptune_jax.evals import tuned
+from reptune_jax.evals import baseline, steering, tuned
 from reptune_jax.tuning import checkpoint
 from tests import processes, tiny_behavior
 
@@ -77,19 +77,39 @@ def test_losses_and_weights_are_those_of_one_process(together, study):
         np.testing.assert_allclose(a[path], b[path], rtol=1e-5, atol=1e-5)
 
 
+KEY = ("arm", "sign", "k", "metric", "split", "item_id", "layer", "position")
+
+
+def values(folder, name):
+    """The numbers of a results table by what they are of; generated texts may part ways."""
+    rows = pq.read_table(folder / "results" / f"{name}.parquet").to_pylist()
+    rows = [r for r in rows if r["metric"] in ("logodds", "kl", "nll", "cos")]
+    found = {tuple(r[k] for k in KEY): r["value"] for r in rows}
+    assert len(found) > 20
+    return found
+
+
 def test_both_evaluate_and_find_what_one_does(together, study):
     (study, alone), folder = study, together[2]
     for p in study.pair("evals.tuned", folder.parent, *FLAGS):
         p.check()
-    ours, theirs = (
-        {
-            (r["metric"], r["split"], r["item_id"], r["layer"], r["position"]): r["value"]
-            for r in pq.read_table(f / "results" / "tuned.parquet").to_pylist()
-            if r["metric"] in ("logodds", "kl", "nll", "cos")
-        }
-        for f in (folder, alone)
-    )
-    assert ours.keys() == theirs.keys() and len(ours) > 20
+    ours, theirs = values(folder, "tuned"), values(alone, "tuned")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("program", [baseline, steering], ids=["baseline", "steering"])
+def test_both_measure_the_untuned_model_as_one_does(program, study, monkeypatch):
+    """Plain, under a persona, and a sweep of steering with the doses that it chooses."""
+    (study, _), name = study, program.__name__.rpartition(".")[2]
+    alone, together = (study.workdir(f"{name} {who}") for who in ("alone", "together"))
+    tiny_behavior.patch_neutral(monkeypatch)
+    program.run(study.c, alone)
+    first, second = study.pair(f"evals.{name}", together, *FLAGS)
+    assert f"{name}: " in first.check() and not second.check()
+    ours, theirs = values(together, name), values(alone, name)
+    assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 

@@ -1,0 +1,103 @@
+"""Weak scaling by the compiler's count: the same rows on each device, on 1, 2, 4, … devices.
+
+    python -m benchmarks.weak_scaling [--kind cpu|v5e] [--devices 64] [--rows 4] [--tokens 512]
+
+Compiles the real training step for each number of devices, without weights, and prints what one
+device computes, reads and writes, sends and holds. Nothing is timed. `cpu` partitions for forced
+CPU devices; `v5e` asks the TPU compiler (`pip install -e ".[plan]"`).
+"""
+
+import argparse
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from reptune_jax import config as configs
+from reptune_jax import mesh as meshes
+from reptune_jax import plan
+from reptune_jax.model import families
+from reptune_jax.tuning import abstract, hardware
+from reptune_jax.tuning.collectives import traffic
+
+# Three layers of Llama-2-7B, the middle one trained. Each is a segment of its own: XLA counts a
+# loop's body once, so here it counts everything.
+SHAPE = {**hardware.SHAPES["llama-2-7b"], "num_hidden_layers": 3}
+TUNED = (1, 2)
+TOPOLOGIES = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
+
+
+class Cost(NamedTuple):
+    """Of one device in one step."""
+
+    gflop: float
+    accessed_mib: float  # reads and writes of every operation, before caches
+    sent_mib: float
+    temporary_mib: float
+    state_mib: float  # weights and moments it holds
+
+
+def settings(rows: int) -> ConfigDict:
+    """Attention's projections of the middle layer, all rows with labels, none for retention."""
+    c = configs.default()
+    c.model, c.train.modules = "none", ("attn/q", "attn/k", "attn/v", "attn/o")
+    c.train.layers = c.loss.layers = TUNED
+    c.train.batch, c.loss.retain = rows, 0.0
+    return configs.check(c)
+
+
+def measure(devices: list[Any], rows: int, tokens: int) -> Cost:
+    """Compiles the step with weights and rows spread over these devices."""
+    mesh, n = meshes.make_mesh(fsdp=len(devices), devices=devices), len(devices)
+    dtype = jnp.dtype("float32" if devices[0].platform == "cpu" else "bfloat16")
+    arch = families.from_config(SHAPE)
+    step, args = abstract.step(settings(rows * n), arch, dtype, mesh, tokens, tokens // 4)
+    # Not to be measured, as a constant: else XLA counts that branch too, taken or not.
+    once = jax.jit(lambda *args: step(*args, jnp.asarray(False)), donate_argnums=0)
+    compiled = once.lower(*args[:3]).compile()
+    counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    sent = sum(t.bytes_sent for t in traffic(compiled.as_text(), mesh).values())
+    return Cost(
+        counted["flops"] / 1e9,
+        counted["bytes accessed"] / 2**20,
+        sent / 2**20,
+        memory.temp_size_in_bytes / 2**20,
+        abstract.gib_per_device((args[0], args[1].frozen)) * 2**10,
+    )
+
+
+def line(n: int, cost: Cost, one: Cost) -> str:
+    """A row of the Markdown table."""
+    return (
+        f"| {n} | {cost.gflop:.2f} | **{cost.gflop / one.gflop:.3f}** | {cost.accessed_mib:.0f} "
+        f"| **{cost.accessed_mib / one.accessed_mib:.3f}** | {cost.sent_mib:.1f} "
+        f"| {cost.temporary_mib:.1f} | {cost.state_mib:.1f} |"
+    )
+
+
+def main() -> None:
+    """Prints one Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kind", choices=("cpu", "v5e"), default="cpu")
+    parser.add_argument("--devices", type=int, default=64, help="most devices, a power of two")
+    parser.add_argument("--rows", type=int, default=4, help="rows of one device")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+
+    print("| devices | GFLOP | of 1 | MiB accessed | of 1 | MiB sent | MiB temporary | MiB held |")
+    print("|---|---|---|---|---|---|---|---|")
+    one = None
+    for n, shape in TOPOLOGIES.items():
+        if n > args.devices:
+            break
+        devices = jax.devices()[:n] if args.kind == "cpu" else plan.tpu_devices("v5e", shape)
+        cost = measure(devices, args.rows, args.tokens)
+        one = one or cost
+        print(line(n, cost, one), flush=True)
+
+
+if __name__ == "__main__":
+    main()
