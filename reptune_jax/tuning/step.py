@@ -153,37 +153,45 @@ def gradient(
 def make_step(
     decoder: Decoder, train: FrozenConfigDict, mesh: Mesh | None = None
 ) -> jax.stages.Wrapped:
-    """`step(state, task, batch, measure) -> (state, metrics)`, jitted, the state donated.
+    """`step(state, task, batch, measure) -> (state, metrics)`: `update`, the state donated."""
+    step = functools.partial(update, decoder, train, mesh)
+    return jax.jit(step, donate_argnums=0)
+
+
+def update(
+    decoder: Decoder,
+    train: FrozenConfigDict,
+    mesh: Mesh | None,
+    state: State,
+    task: Task,
+    batch: Batch,
+    measure: jax.Array,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One step: (new state, metrics).
 
     `measure` (a bool array) also computes the gradient norm of each loss alone and the cosine
     between the token's and the cosine's gradient: three more backward passes, so not every step.
     """
-    optimizer = make_optimizer(train)
-    rate = schedule(train)
 
-    @functools.partial(jax.jit, donate_argnames=("state",))
-    def step(state: State, task: Task, batch: Batch, measure: jax.Array):
-        def grad_of(weight_3):
-            return gradient(decoder, state.trained, task, batch, weight_3, train.accumulate, mesh)
+    def grad_of(weight_3):
+        return gradient(decoder, state.trained, task, batch, weight_3, train.accumulate, mesh)
 
-        grads, (mean_3, cosine_N) = grad_of(task.weight_3)
-        norm_3, conflict = jax.lax.cond(
-            measure, lambda: _each_loss(grad_of), lambda: (jnp.zeros(3), jnp.float32(0))
-        )
-        updates, opt = optimizer.update(grads, state.opt, state.trained)
-        metrics = {
-            "loss": jnp.sum(task.weight_3 * mean_3),
-            "mean_3": mean_3,
-            "cosine_N": cosine_N,
-            "grad_norm": optax.global_norm(grads),
-            "norm_3": norm_3,
-            "conflict": conflict,
-            "lr": rate(state.step),
-        }
-        trained = optax.apply_updates(state.trained, updates)
-        return _laid_out(State(state.step + 1, trained, opt), mesh), metrics
-
-    return step
+    grads, (mean_3, cosine_N) = grad_of(task.weight_3)
+    norm_3, conflict = jax.lax.cond(
+        measure, lambda: _each_loss(grad_of), lambda: (jnp.zeros(3), jnp.float32(0))
+    )
+    updates, opt = make_optimizer(train).update(grads, state.opt, state.trained)
+    metrics = {
+        "loss": jnp.sum(task.weight_3 * mean_3),
+        "mean_3": mean_3,
+        "cosine_N": cosine_N,
+        "grad_norm": optax.global_norm(grads),
+        "norm_3": norm_3,
+        "conflict": conflict,
+        "lr": schedule(train)(state.step),
+    }
+    trained = optax.apply_updates(state.trained, updates)
+    return _laid_out(State(state.step + 1, trained, opt), mesh), metrics
 
 
 def _each_loss(grad_of: Callable) -> tuple[jax.Array, jax.Array]:
@@ -215,13 +223,16 @@ def init_state(trained: Flat, train: FrozenConfigDict, mesh: Mesh | None = None)
       ValueError: a pattern of `lr_by_path` that matches no trained weight.
     """
     _check_patterns(train.lr_by_path, trained)
+    return _make_init(train, mesh)(trained)
+
+
+@functools.lru_cache
+def _make_init(train: FrozenConfigDict, mesh: Mesh | None) -> jax.stages.Wrapped:
+    """Compiled once for all runs of a study."""
     optimizer = make_optimizer(train)
-
-    @jax.jit
-    def init(trained: Flat) -> State:
-        return _laid_out(State(jnp.int32(0), trained, optimizer.init(trained)), mesh)
-
-    return init(trained)
+    return jax.jit(
+        lambda trained: _laid_out(State(jnp.int32(0), trained, optimizer.init(trained)), mesh)
+    )
 
 
 def _as_weights(grads: Flat, mesh: Mesh | None) -> Flat:
