@@ -98,13 +98,14 @@ class Fleet:
         self.train, self.frozen = runs[0].train, runs[0].task.frozen
         self.at = [int(state.step) for state in states]
         self.left = set(range(len(runs)))  # runs that are not finished
+        self.active: list[int] = []  # those that took the last step
         self.state = _stack(states, shape)
         self.task = _stack([dataclasses.replace(run.task, frozen={}) for run in runs], shape)
         self.evaluate = make_evaluate(decoder, _at_once())
 
     def begin(self) -> None:
         """Compiles; measures the untuned model for the runs that begin."""
-        fresh = [m for m in self.left if self.runs[m].saved.latest() is None]
+        fresh = [m for m in sorted(self.left) if self.runs[m].saved.latest() is None]
         if fresh:
             self._validate(fresh)
         self._settle(self.left)
@@ -128,7 +129,7 @@ class Fleet:
 
     def step(self, i: int, measure: bool) -> tuple[list[int], dict[str, jax.Array]]:
         """Of the runs that are at i; the others are left as they are."""
-        active = [m for m in sorted(self.left) if self.at[m] == i]
+        active = self.active = [m for m in sorted(self.left) if self.at[m] == i]
         self.state, metrics = self.compiled(
             self.state,
             self.task,
@@ -152,14 +153,12 @@ class Fleet:
             self.runs[active[0]].log.progress(at, {"loss": loss, "examples_per_s": rate})
 
     def validate(self, at: int) -> None:
-        here = [m for m in self.left if self.at[m] == at]
-        self._validate(here)
-        self._settle(here)
+        self._validate(self.active)
+        self._settle(self.active)
 
     def save(self, at: int) -> None:
-        for m in self.left:
-            if self.at[m] == at:
-                self.runs[m].save(self._pick(m))
+        for m in self.active:
+            self.runs[m].save(self._pick(m))
 
     def save_due(self, at: int, logged: bool) -> bool:
         return self.runs[min(self.left)].save_due(at, logged)
@@ -176,7 +175,7 @@ class Fleet:
             meshes.fetch(self.evaluate(self.state.trained, self.task, self.frozen, batch))
             for batch in self._joined(run.val_batches() for run in self._leads())
         ]
-        for m in sorted(chosen):
+        for m in chosen:
             run = self.runs[m]
             loss = run.judge(self.at[m], [self._of(m, part) for part in found])
             run.save(self._pick(m), loss)
