@@ -27,7 +27,7 @@ from reptune_jax.tuning.run import Corpus, Job
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests import tiny
 
-PROMPT, ANSWER = 24, 24  # tokens of a row
+BATCH, PROMPT, ANSWER = 6, 24, 24  # rows of a step, tokens of a row
 
 
 def settings(arch, args: argparse.Namespace) -> ConfigDict:
@@ -35,7 +35,7 @@ def settings(arch, args: argparse.Namespace) -> ConfigDict:
     c, first = configs.default(), args.first or arch.N // 3
     c.train.layers = c.loss.layers = (first, first + arch.N // 3)
     c.train.lora.rank = 8
-    c.train.update(steps=args.steps, batch=6, eval_every=12, measure_every=0, patience=0)
+    c.train.update(steps=args.steps, batch=BATCH, eval_every=12, measure_every=0, patience=0)
     c.loss.update(cosine=8.0, center=True, retain=4.0)
     return c
 
@@ -49,13 +49,14 @@ def corpus(model: lm.Model, seed: int, keep: batches.Keep) -> Corpus:
         examples = [tuning.response_example(t[:PROMPT], t[PROMPT:], "response") for t in texts]
         return batches.stack_examples(examples, model.pad_id, PROMPT + ANSWER)
 
-    return Corpus(rows(64), rows(6), keep, keep)
+    return Corpus(rows(64), rows(6), keep, keep, (64,), (BATCH,))
 
 
 def make_keep(model: lm.Model) -> batches.Keep:
     """16 rows of retention text, 32 positions each."""
     rng, T = np.random.default_rng(9), PROMPT + ANSWER
-    texts = [(ids, 1) for ids in rng.integers(4, model.arch.V, (16, T)).tolist()]
+    rows = rng.integers(4, model.arch.V, (16, T)).tolist()
+    texts = [retention.Text(ids, 1, own=False) for ids in rows]
     return retention.make_keep(model, texts, T, 32)
 
 

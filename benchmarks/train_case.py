@@ -14,8 +14,9 @@ from benchmarks.timing import Call, Case
 from reptune_jax import config as configs
 from reptune_jax.data import batches
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import loop, partition
+from reptune_jax.tuning import partition
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.task import make_task
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.torch_reference import Batch, Objective
 
@@ -62,8 +63,8 @@ def _jax_steps(model: Any, work: Work) -> Call:
         tuple(range(model.arch.N)),
         {},
     )
-    task, step = loop.make_task(c, vector, frozen), steps.make_step(decoder, train)
-    batch = jax.device_put(batches.Batch(_rows(work.ids_BxT), None))
+    task, step = make_task(c, vector, frozen), steps.make_step(decoder, train)
+    batch = jax.device_put(batches.Batch(rows(work.ids_BxT, LABELS), None))
     state, losses = steps.init_state(trained, train), []
 
     def run() -> list[float]:
@@ -75,8 +76,10 @@ def _jax_steps(model: Any, work: Work) -> Call:
     return run
 
 
-def _rows(ids_BxT: np.ndarray) -> batches.Rows:
-    first = T - LABELS
+def rows(ids_BxT: np.ndarray, labels: int) -> batches.Rows:
+    """Each row's last `labels` tokens are its labels, and those whose cosine counts."""
+    T = ids_BxT.shape[1]
+    first = T - labels
     examples = [
         batches.Example(
             ids, list(range(first - 1, T - 1)), [[(i, 1.0)] for i in ids[first:]], (first, T)

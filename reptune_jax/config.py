@@ -29,11 +29,13 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 TUNED_ARMS = ("token", "vector", "dual", "random", "out")
 
+MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: keep
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "arm": tuple(ARMS),
     "sign": (1, -1),
     "dtype": ("", "float32", "bfloat16", "float16"),
-    "loss.mode": ("in", "out"),
+    "loss.mode": MODES,
     "loss.targets": ("behavior", "neutral"),
     "train.decay": ("linear", "cosine", "none"),
     "train.remat": ("none", "dots", "full"),
@@ -50,7 +52,14 @@ _POSITIVE: tuple[str, ...] = (
 _POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.keep")
 _POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
 # What may change between two starts of one run.
-_PASSING = ("chat", "mesh", "train.save_every", "train.save_minutes", "train.profile")
+_PASSING: tuple[str, ...] = (
+    "chat",
+    "mesh",
+    "train.save_every",
+    "train.save_minutes",
+    "train.profile",
+)
+_PASSING += ("train.peak_tflops",)
 _POSITIONS = ("response", "last", "before_answer", "all")
 
 
@@ -105,11 +114,35 @@ def _loss() -> ConfigDict:
     c.token = 1.0  # weight of the cross-entropy
     c.cosine = 1.0  # weight of the cosine loss
     c.retain = 0.0  # weight of KL(base || tuned) on neutral prose and unrelated chats
-    c.mode = "in"  # in: (1 - s cos)/2; out: |cos|
+    c.l2 = 0.0  # weight of the trained layers' relative squared distance from the base there
+    c.own = 0.0  # weight of the cross-entropy on the base's own answers to those chats
+    c.mode = "in"  # in: (1 - s cos)/2; out: |cos|; shift: (cos - (base cos + s shift))^2
+    c.shift = 0.1  # of mode shift
     c.targets = "behavior"  # behavior: the sign's own; neutral: both signs, half each
     c.layers = (10, 20)  # [first, stop) layers whose cosine counts
     c.position = "response"  # tokens whose cosine counts
     c.center = False  # cosine from the class mean instead of from zero
+    c.anneal = ConfigDict()  # factor of each weight at the first and the last step, linear between
+    for name in ("token", "cosine", "retain", "l2", "own"):
+        c.anneal[name] = (1.0, 1.0)
+    c.also = ConfigDict()  # further behaviors of the same run: name -> other(folder)
+    return c
+
+
+def other(folder: str) -> ConfigDict:
+    """A further behavior of a run, with a vector, rows and losses of its own."""
+    c = ConfigDict()
+    c.folder = folder  # a study folder: its behavior, vector.safetensors and targets.jsonl
+    c.sign = 1
+    c.mode = "in"  # in | out | shift, or keep: (cos - base cos)^2 and no token loss
+    c.shift = 0.1  # of mode shift
+    c.token = 1.0  # weight of its cross-entropy
+    c.cosine = 1.0  # weight of its cosine loss
+    c.targets = "behavior"  # behavior | neutral; mode out: neutral
+    c.layers = (10, 20)  # [first, stop) layers whose cosine counts
+    c.position = "response"  # tokens whose cosine counts
+    c.batch = 4  # its rows per step
+    c.anneal = (1.0, 1.0)  # factor of both weights at the first and the last step
     return c
 
 
@@ -137,6 +170,7 @@ def _train() -> ConfigDict:
     c.eps = 1e-8
     c.weight_decay = 0.0
     c.remat = "dots"  # none | dots | full; dots is also the fastest on CPU: less is stored
+    c.cache_gib = 4.0  # host memory for what enters the lowest trained layer; 0 = computed anew
     c.flash = True  # flash attention in training, where machine and model allow it
     c.log_every = 5
     c.measure_every = 10  # gradient norm of each loss alone: three more backward passes
@@ -146,6 +180,7 @@ def _train() -> ConfigDict:
     c.keep = 1  # checkpoints kept besides the best
     c.save_every = 0  # steps between checkpoints besides those of evaluations, 0 = no others
     c.save_minutes = 0.0  # at most about so long between two checkpoints, 0 = no limit
+    c.peak_tflops = 0.0  # of one device, which MFU is a share of; 0 = as published, where known
     c.profile = (0, 0)  # [first, stop) steps traced for TensorBoard or Perfetto; (0, 0) = none
     return c
 
@@ -204,7 +239,15 @@ def armed(config: ConfigDict) -> ConfigDict:
     out = config.copy_and_resolve_references()
     for key, value in ARMS[config.arm].items():
         out.update_from_flattened_dict({key: value})
+    for one in out.loss.also.values():  # an arm without one of the losses is so for all behaviors
+        one.token *= bool(out.loss.token)
+        one.cosine *= bool(out.loss.cosine)
     return out
+
+
+def retains(config: ConfigDict) -> bool:
+    """Whether a step has rows of retention text."""
+    return bool(config.loss.retain or config.loss.l2 or config.loss.own)
 
 
 def check(config: ConfigDict) -> ConfigDict:
@@ -226,13 +269,11 @@ def check(config: ConfigDict) -> ConfigDict:
             "train.lora.rank: got 0, expected more than 0 with study.together=True: only adapters "
             "share the weights that they change. Set one of the two."
         )
-    for key in ("train.save_every", "train.save_minutes"):
+    for key in ("train.save_every", "train.save_minutes", "train.peak_tflops"):
         if not _get(out, key) >= 0:
-            raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (never) or more.")
+            raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (off) or more.")
     for key in ("train.layers", "loss.layers"):
-        value = _get(out, key)
-        if len(value) != 2 or not 0 <= value[0] < value[1]:
-            raise ValueError(f"{key}: got {value}, expected first < stop. Example: (10, 20).")
+        _check_layers(key, _get(out, key))
     first, stop = out.train.profile
     if (first, stop) != (0, 0) and not 0 <= first < stop <= out.train.steps:
         raise ValueError(
@@ -247,6 +288,10 @@ def check(config: ConfigDict) -> ConfigDict:
         raise ValueError(
             "model: got '', expected a folder, hub id or .gguf file. Set --config.model=…"
         )
+    for name, ends in out.loss.anneal.items():
+        _check_anneal(f"loss.anneal.{name}", ends)
+    for name, one in out.loss.also.items():
+        _check_other(f"loss.also.{name}", one, out.train.accumulate)
     if out.train.batch % out.train.accumulate or out.train.retain_batch % out.train.accumulate:
         raise ValueError(
             f"train.accumulate: got {out.train.accumulate}, expected a divisor of train.batch="
@@ -333,6 +378,32 @@ def lasting(values: dict[str, Any]) -> dict[str, Any]:
 def _one_of(name: str, value: Any, known: Any) -> None:
     if value not in known:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, known))}.")
+
+
+def _check_other(name: str, one: ConfigDict, accumulate: int) -> None:
+    for key, known in (
+        ("sign", _CHOICES["sign"]),
+        ("mode", (*MODES, "keep")),
+        ("targets", _CHOICES["loss.targets"]),
+    ):
+        _one_of(f"{name}.{key}", one[key], known)
+    _check_anneal(f"{name}.anneal", one.anneal)
+    _check_layers(f"{name}.layers", one.layers)
+    _check_position(f"{name}.position", one.position)
+    if one.batch < 1 or one.batch % accumulate:
+        raise ValueError(
+            f"{name}.batch: got {one.batch}, expected a multiple of train.accumulate={accumulate}."
+        )
+
+
+def _check_anneal(key: str, ends: Any) -> None:
+    if len(ends) != 2 or min(ends) < 0:
+        raise ValueError(f"{key}: got {ends}, expected two factors of 0 or more. Example: (1, 0).")
+
+
+def _check_layers(key: str, value: Any) -> None:
+    if len(value) != 2 or not 0 <= value[0] < value[1]:
+        raise ValueError(f"{key}: got {value}, expected first < stop. Example: (10, 20).")
 
 
 def _get(config: ConfigDict, key: str) -> Any:

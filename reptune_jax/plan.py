@@ -26,7 +26,7 @@ from reptune_jax import mesh as meshes
 from reptune_jax import program
 from reptune_jax.model import families
 from reptune_jax.model.arch import Arch
-from reptune_jax.tuning import abstract, cost, hardware
+from reptune_jax.tuning import abstract, collectives, cost, hardware
 from reptune_jax.tuning.collectives import Traffic, traffic
 
 
@@ -77,7 +77,7 @@ def make(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> P
 
 def lines(c: ConfigDict, arch: Arch, mesh: Mesh, kind: str, plan: Plan, T: int) -> list[str]:
     """The plan as text."""
-    rows = c.train.batch + (c.train.retain_batch if c.loss.retain else 0)
+    rows = c.train.batch + (c.train.retain_batch if configs.retains(c) else 0)
     first, stop = c.train.layers
     shape = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     chip = hardware.CHIPS.get(kind)
@@ -94,9 +94,7 @@ def lines(c: ConfigDict, arch: Arch, mesh: Mesh, kind: str, plan: Plan, T: int) 
     out += ["", "model TFLOP a step, all devices"]
     out += [f"  {name:<18}{flops / 1e12:>8.1f}" for name, flops in plan.flops.items()]
     if plan.traffic:
-        out += ["", "collectives a step: kind, mesh axes, how many, GiB sent per device"]
-        for (name, axes), t in plan.traffic.items():
-            out.append(f"  {name:<20}{axes:<14}{t.times:>6}{t.bytes_sent / 2**30:>9.2f}")
+        out += ["", *collectives.lines(plan.traffic, "GiB")]
     return out + ["", *_verdict(c, mesh, chip, plan)]
 
 

@@ -11,6 +11,7 @@ run it on each: TPU pods, Slurm and MPI are detected, elsewhere give --coordinat
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -22,6 +23,7 @@ from reptune_jax.tuning import adapters, checkpoint, fleet, loop
 from reptune_jax.tuning.corpus import make_corpus
 from reptune_jax.tuning.run import Job
 from reptune_jax.vectors import extraction
+from reptune_jax.vectors.steering_vector import SteeringVector
 
 
 def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
@@ -61,21 +63,39 @@ def make_job(c: ConfigDict, workdir: Path, model: Model) -> Job:
     vector = extraction.run(c, workdir, model)
     vector.check_model(model.sha, model.name)
     settings = armed(c)
+    also = settings.loss.also
+    others = {name: _other(f"loss.also.{name}", also[name].folder, model) for name in also}
     if settings.vector.random:
         vector = vector.random_like(c.seed)
-    distributed.once(lambda: vector.save(folder / "vector.safetensors"))
+        others = {name: v.random_like(c.seed) for name, v in others.items()}
+    named = {"vector": vector} | {f"vector_{name}": v for name, v in others.items()}
+    for stem, v in named.items():
+        distributed.once(partial(v.save, folder / f"{stem}.safetensors"))
     meta = {
         "config": c.to_dict(),
         "model": model.name,
         "model_sha": model.sha,
         "arch": dataclasses.asdict(model.arch),
         "vector": vector.digest,
+        "also": {name: v.digest for name, v in others.items()},
         "layers": list(c.train.layers),
         "lora": adapters.about(model.arch, c.train),
     }
     corpus = make_corpus(settings, workdir, model)
     distributed.same(model=model.sha, vector=vector.digest, data=corpus.digest())
-    return Job(settings, folder, vector, corpus, meta)
+    return Job(settings, folder, vector, corpus, meta, others)
+
+
+def _other(name: str, folder: str, model: Model) -> SteeringVector:
+    """The vector of a further behavior."""
+    if absent := [f for f in ("config.json", "vector.safetensors") if not Path(folder, f).exists()]:
+        raise ValueError(
+            f"{name}.folder: {folder} has no {', '.join(absent)}, expected a study folder. "
+            "Make one with the extract program and that behavior's config."
+        )
+    vector = SteeringVector.load(Path(folder, "vector.safetensors"))
+    vector.check_model(model.sha, model.name)
+    return vector
 
 
 if __name__ == "__main__":

@@ -181,3 +181,12 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, quantize
         writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
     else:
         writer.add_tensor(name, weight)
+
+
+def assert_same(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, array in expected.items():
+        assert tensors[name].shape == array.shape
+        got = tensors[name].read()
+        assert got.dtype == tensors[name].dtype
+        np.testing.assert_array_equal(got, array, err_msg=name)

@@ -35,7 +35,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(
-    p for d in ("reptune_jax", "benchmarks", "configs") for p in (ROOT / d).rglob("*.py")
+    p for d in ("reptune_jax", "benchmarks", "configs", "tests") for p in (ROOT / d).rglob("*.py")
 )
 
 

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from reptune_jax import lm, train
 from reptune_jax.evals import arms
@@ -93,21 +92,8 @@ def test_the_log_holds_what_a_run_promises(finished):
     assert trained[-1]["retain_loss"] > 1e-4
     assert validated[-1]["val/loss"] < validated[0]["val/loss"]
     assert trained[0]["lr"] == pytest.approx(c.train.lr)
-
-
-def test_tensorboard_has_the_same_numbers(finished):
-    _, folder = finished
-    (events,) = folder.glob("events.*")
-    found = {}
-    for event in EventFileLoader(str(events)).Load():
-        for value in event.summary.value:
-            number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
-            found[event.step, value.tag] = number
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    logged = {(r["step"], k): v for r in rows for k, v in r.items() if k != "step"}
-    assert found.keys() == logged.keys()
-    for key, value in logged.items():
-        assert found[key] == pytest.approx(value, rel=1e-6), key
+    lowest = [min(r["val/loss"] for r in validated[: n + 1]) for n in range(4)]
+    assert [r["val/best"] for r in validated] == lowest
 
 
 def test_the_checkpoint_is_the_best_one_and_says_where_it_comes_from(finished, model):
@@ -204,6 +190,10 @@ def test_saves_by_step_and_by_time_change_nothing_else(model, behavior, tmp_path
     assert logs[0] == logs[1] == logs[2]
     seconds = [checkpoint.read_meta(folder / "checkpoints" / str(n))["progress"][3] for n in (2, 6)]
     assert 0 < seconds[0] < seconds[1]
+
+
+def test_where_the_peak_is_unknown_no_mfu_is_logged(finished):
+    assert not [row for row in read_log(finished[1]) if "mfu" in row]
 
 
 def test_the_steps_of_a_window_are_traced(model, behavior, tmp_path):

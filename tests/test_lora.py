@@ -15,8 +15,9 @@ from reptune_jax import config, lm, train
 from reptune_jax.evals import arms
 from reptune_jax.model import lora
 from reptune_jax.model.transformer import unembed, whole
-from reptune_jax.tuning import adapters, checkpoint, cost, loop, partition
+from reptune_jax.tuning import adapters, checkpoint, cost, partition
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.task import make_task
 from tests import lora_case, tiny, tiny_behavior, tuning_case
 from tests.test_loop import Stop, read_log, stop_at
 
@@ -90,15 +91,15 @@ def test_an_adapter_computes_what_merged_weights_do(model, case):
 def test_gradients_are_the_chain_rules_from_whole_weights(model, case):
     """dA = s dW B^T and dB = s A^T dW, dW being the gradient of the merged weights themselves."""
     batch = tuning_case.batch(model)
-    ours, (mean_3, _) = gradient(
-        case.decoder, case.state.trained, case.task, batch, case.task.weight_3, 1
+    ours, (mean_J, _) = gradient(
+        case.decoder, case.state.trained, case.task, batch, case.task.weight_J, 1
     )
     params = adapters.overlay(model.params, case.state.trained, meta_of(model, case))
     c = tuning_case.settings(train__modules=("attn/./kernel", "mlp/.*kernel"))
     trained, frozen = partition.split(params, c.train.layers, c.train.modules)
-    task = loop.make_task(c, tuning_case.vector(model), frozen)
-    of_whole, (want_3, _) = gradient(case.decoder, trained, task, batch, task.weight_3, 1)
-    np.testing.assert_allclose(mean_3, want_3, rtol=1e-5, atol=1e-6)
+    task = make_task(c, tuning_case.vector(model), frozen)
+    of_whole, (want_J, _) = gradient(case.decoder, trained, task, batch, task.weight_J, 1)
+    np.testing.assert_allclose(mean_J, want_J, rtol=1e-5, atol=1e-6)
     scale = 8.0 / 4
     for path, dw in of_whole.items():
         path = path.removesuffix("/kernel")

@@ -11,6 +11,7 @@ from reptune_jax import lm
 from reptune_jax.hub import weights
 from reptune_jax.tuning import losses, partition, retention
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.task import cosine_spec
 from tests import tiny, tuning_case
 from tests import torch_reference as ref
 
@@ -86,8 +87,8 @@ def test_dual_loss_and_gradient_are_torchs(changes, model, torch_model):
     if c.loss.retain:
         neutral, batch = retention_rows(model, torch_model, batch)
         case.state = perturbed(case.state, torch_model)
-    grads, (mean_3, cosine_N) = gradient(
-        case.decoder, case.state.trained, case.task, batch, case.task.weight_3, 1
+    grads, (mean_J, cosine_KxN) = gradient(
+        case.decoder, case.state.trained, case.task, batch, case.task.weight_J, 1
     )
 
     directions = {
@@ -97,13 +98,13 @@ def test_dual_loss_and_gradient_are_torchs(changes, model, torch_model):
         directions, c.sign, c.loss.mode, c.loss.token, c.loss.cosine, c.loss.retain
     )
     parts, expected = ref.dual_loss(torch_model, torch_batch(batch.behavior), objective, neutral)
-    total = jnp.sum(case.task.weight_3 * mean_3)
+    total = jnp.sum(case.task.weight_J * mean_J)
     assert float(total) == pytest.approx(parts.total.item(), rel=RTOL)
-    assert float(mean_3[0]) == pytest.approx(parts.token.item(), rel=RTOL)
-    assert float(mean_3[1]) == pytest.approx(parts.cosine.item(), rel=RTOL)
-    assert float(mean_3[2]) == pytest.approx(parts.kl.item(), rel=RTOL, abs=1e-7)
+    assert float(mean_J[0]) == pytest.approx(parts.token.item(), rel=RTOL)
+    assert float(mean_J[1]) == pytest.approx(parts.cosine.item(), rel=RTOL)
+    assert float(mean_J[2]) == pytest.approx(parts.kl.item(), rel=RTOL, abs=1e-7)
     for l, cosine in parts.cos_layers.items():
-        assert float(cosine_N[l]) == pytest.approx(c.sign * cosine.item(), rel=RTOL, abs=1e-6)
+        assert float(cosine_KxN[0, l]) == pytest.approx(c.sign * cosine.item(), rel=RTOL, abs=1e-6)
     assert len(grads) >= 4
     for path, grad in grads.items():
         if path.endswith("bias") and path.startswith("attn/v"):
@@ -114,7 +115,9 @@ def test_dual_loss_and_gradient_are_torchs(changes, model, torch_model):
 def retention_rows(model, torch_model, batch):
     """Rows all of whose tokens count, with the base's states; the same for the reference."""
     ids = [list(range(10 + 7 * r, 22 + 7 * r)) for r in range(3)]
-    keep = retention.make_keep(model, [(i, 1) for i in ids], tuning_case.T, 12, batch=2)
+    keep = retention.make_keep(
+        model, [retention.Text(i, 1) for i in ids], tuning_case.T, 12, batch=2
+    )
     tokens = torch.tensor(ids)
     with torch.no_grad():
         base = ref.logits(torch_model, tokens, torch.ones_like(tokens))
@@ -138,12 +141,12 @@ def test_label_neutral_targets_are_torchs(model, torch_model):
     rows = tuning_case.batch(model, neutral=True).behavior
     rows = rows.replace(target_BxLxC=np.broadcast_to([7, 11], rows.target_BxLxC.shape))
     batch = tuning_case.batch(model).replace(behavior=rows)
-    grads, (mean_3, _) = gradient(
-        case.decoder, case.state.trained, case.task, batch, jnp.array([1.0, 0, 0]), 1
+    grads, (mean_J, _) = gradient(
+        case.decoder, case.state.trained, case.task, batch, jnp.eye(5)[0], 1
     )
     objective = ref.Objective({}, w_cos=0.0, soft_ids=(7, 11))
     parts, expected = ref.dual_loss(torch_model, torch_batch(rows), objective)
-    assert float(mean_3[0]) == pytest.approx(parts.total.item(), rel=RTOL)
+    assert float(mean_J[0]) == pytest.approx(parts.total.item(), rel=RTOL)
     for path, grad in grads.items():
         check(np.asarray(grad), torch_gradient(expected, path))
 
@@ -153,7 +156,7 @@ def test_centered_cosine_is_measured_from_the_mean(model):
     c = tuning_case.settings(loss__center=True)
     case, batch = tuning_case.case(model, c, v), tuning_case.batch(model)
     evaluate = steps.make_evaluate(case.decoder)
-    _, _, cosine_N = evaluate(case.state.trained, case.task, batch)
+    _, (cosine_N,), _ = evaluate(case.state.trained, case.task, batch)
     rows = batch.behavior
     h = np.asarray(model.forward(rows.tokens_BxT, rows.mask_BxT, capture=True).residual_NxBxTxD)
     x, d = h - v.mean_NxD[:, None, None], v.directions_NxD[:, None, None]
@@ -166,25 +169,26 @@ def test_losses_return_their_sum_and_count():
     logits_BxLxV = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
     weight = jnp.array([[[1.0, 0.0], [0.5, 0.5]]])
     token = losses.token_loss(lambda h: h, logits_BxLxV, jnp.array([[[0, 0], [0, 2]]]), weight)
-    assert float(token.total) == pytest.approx(-np.log(0.5) - 0.5 * np.log(0.1 * 0.8), rel=1e-5)
-    assert float(token.n) == 2
+    expected = -np.log(0.5) - 0.5 * np.log(0.1 * 0.8)
+    assert token.total.tolist() == pytest.approx([expected], rel=1e-5)
+    assert token.n.tolist() == [2]
 
     cosine_NxBxT = jnp.array([[[0.5, -1.0]], [[1.0, 0.25]], [[9.0, 9.0]]])
-    weight_BxT, layer_N = jnp.array([[1.0, 1.0]]), jnp.array([1.0, 1.0, 0.0])
+    weight_BxT = jnp.array([[1.0, 1.0]])
 
     def cosine(sign, into):
-        spec = losses.CosineLoss(*(jnp.float32(x) for x in (sign, into, 1 - into)), layer_N)
-        return losses.cosine_loss(cosine_NxBxT, weight_BxT, spec)
+        c = tuning_case.settings(sign=sign, loss__mode="in" if into else "out", loss__layers=(0, 2))
+        return losses.cosine_loss(cosine_NxBxT, weight_BxT, cosine_spec(c, 3), jnp.array([0]))
 
-    assert float(cosine(1, 1).total) == pytest.approx((0.25 + 1.0 + 0.0 + 0.375) / 2)
-    assert float(cosine(-1, 1).total) == pytest.approx((0.75 + 0.0 + 1.0 + 0.625) / 2)
-    assert float(cosine(1, 0).total) == pytest.approx((0.5 + 1.0 + 1.0 + 0.25) / 2)
-    assert float(cosine(1, 1).n) == 2
+    assert float(cosine(1, 1).total[0]) == pytest.approx((0.25 + 1.0 + 0.0 + 0.375) / 2)
+    assert float(cosine(-1, 1).total[0]) == pytest.approx((0.75 + 0.0 + 1.0 + 0.625) / 2)
+    assert float(cosine(1, 0).total[0]) == pytest.approx((0.5 + 1.0 + 1.0 + 0.25) / 2)
+    assert cosine(1, 1).n.tolist() == [2]
 
     base, own = jnp.log(jnp.array([[[0.5, 0.5]]])), jnp.log(jnp.array([[[0.9, 0.1]]]))
     kl = losses.retention_loss(lambda h: h, own, base, jnp.array([[2.0]]))
     expected = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
-    assert float(kl.total) == pytest.approx(2 * expected, rel=1e-5) and float(kl.n) == 2
+    assert kl.total.tolist() == pytest.approx([2 * expected], rel=1e-5) and kl.n.tolist() == [2]
 
 
 def test_logits_are_computed_at_labels_only_and_loss_is_that_of_the_whole_sequence(model):
@@ -203,13 +207,13 @@ def test_logits_are_computed_at_labels_only_and_loss_is_that_of_the_whole_sequen
         )
         for target, weight in zip(targets, w, strict=True)
     )
-    assert float(parts[0].total) == pytest.approx(float(expected), rel=1e-5)
-    assert float(parts[0].n) == rows.weight_BxLxC.sum()
+    assert float(parts.total[0]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(parts.n[0]) == rows.weight_BxLxC.sum()
 
     B, L, V, T = *rows.at_BxL.shape, model.arch.V, tuning_case.T
     assert L < T
     args = case.decoder, case.state.trained, case.task
-    program = str(jax.make_jaxpr(lambda b: steps.sums(*args, b)[0][0].total)(batch))
+    program = str(jax.make_jaxpr(lambda b: steps.sums(*args, b)[0].total[0])(batch))
     assert f"f32[{B},{L},{V}]" in program and f"f32[{B},{T},{V}]" not in program
 
 

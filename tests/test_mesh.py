@@ -71,6 +71,35 @@ def test_moments_are_sharded_as_their_weights_and_stay_so(shape, sharded):
     assert layout["weight"] == layout["mu"] == layout["nu"] == [2, D // fsdp, K // tensor, Dh]
 
 
+def collectives(lines):
+    """(kind, axes) -> (how many, MiB) of what is said before step 0."""
+    start = next(i for i, line in enumerate(lines) if "collectives a step: kind" in line)
+    rows = [line.partition("] ")[2].split() for line in lines[start + 1 : -1]]
+    return {(kind, axes): (int(times), float(size)) for kind, axes, times, size in rows}
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_what_a_step_sends_is_said_before_step_0(shape, sharded):
+    found = json.loads((sharded / f"{shape}.json").read_text())
+    said, sizes = (
+        collectives(found["said"]),
+        dict(zip(mesh.AXES, map(int, shape.split("x")), strict=True)),
+    )
+    axes = {axis for _, which in said for axis in which.split("+")}
+    assert axes == {axis for axis, size in sizes.items() if size > 1}
+    if sizes["fsdp"] > 1:  # weights, before they are used
+        assert any(kind == "all-gather" and "fsdp" in which for kind, which in said)
+    if sizes["tensor"] > 1:  # partial sums over heads and MLP columns
+        assert said["all-reduce", "tensor"][1] > 0
+    if shape == "8x1x1":
+        # By hand: a ring sends each of the gradient's bytes twice, but for one share in eight, and
+        # there are two micro-batches. What else is summed over devices is less than .01 MiB.
+        trained = sum(np.prod(layout["weight"]) for layout in found["before"].values())
+        assert f"training {trained:,} weights" in found["said"][0]
+        sent = 2 * trained * 4 * 2 * 7 / 8 / 2**20
+        assert said["all-reduce", "data"][1] == pytest.approx(sent, abs=0.01)
+
+
 def test_a_checkpoint_saved_on_eight_devices_is_read_on_one(sharded, alone):
     trained, meta, step = checkpoint.load_best(sharded)
     assert (meta["from"], step) == (MESHES[-1], tuning_mesh.STEPS)

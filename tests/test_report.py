@@ -1,7 +1,7 @@
 """The report of a made-up study: its numbers are those computed by hand from the same rows."""
 
 import base64
-import json
+import dataclasses
 import re
 
 import numpy as np
@@ -9,158 +9,11 @@ import pytest
 
 from reptune_jax.evals import results, stats
 from reptune_jax.evals.results import Row
-from reptune_jax.report import html, study, tables
+from reptune_jax.report import html, study, tables, verdicts
 from reptune_jax.report.study import BASE, Condition, Measure
+from tests.synthetic import synthetic_study
 
 VADER, LOGODDS = Measure("vader", "free"), Measure("logodds", "free")
-SHIFT = {"prompt": 0.15, "token": 0.2, "vector": 0.1, "dual": 0.35, "random": 0.0}
-WORDS = [
-    "synthetic",
-    "fixture",
-    "text",
-    "about",
-    "rain",
-    "trains",
-    "bread",
-    "maps",
-    "rivers",
-    "and",
-    "chairs",
-]
-
-
-def synthetic_study(folder, items=40, seeds=(0, 1, 2), arms=tuple(SHIFT), claims=False):
-    """Writes a study of fabricated numbers; every text says that it is synthetic."""
-    rng = np.random.default_rng(0)
-    common = {"run_id": "synthetic", "behavior": "synthetic", "model_sha": "0" * 8}
-    level = {
-        (split, i): rng.normal(0.3, 0.2) for split in ("val", "test", "ood") for i in range(items)
-    }
-
-    def behave(arm, sign, seed, shift, splits=("test", "ood"), **where):
-        rows = []
-        for split in splits:
-            for i in range(items if split != "ood" else items // 2):
-                value = level[split, i] + (rng.normal(sign * shift, 0.1) if sign else 0)
-                at = common | where | {
-                    "arm": arm, "sign": sign, "seed": seed, "split": split, "format": "free",
-                    "item_id": f"{split}-{i}", "cluster": f"{split}-{i // 2}",
-                    "prompt_sha": f"p{i}",
-                }  # fmt: skip
-                text = "Synthetic: " + " ".join(rng.permutation(WORDS))
-                rows += [
-                    Row(**at, metric="vader", value=float(np.clip(value, -1, 1)), text=text),
-                    Row(**at, metric="logodds", value=4 * value + rng.normal(0, 0.3), mass=0.9),
-                    Row(**at, metric="distinct2", value=0.95),
-                    Row(**at, metric="rep4", value=0.01),
-                ]
-        return rows
-
-    def retain(arm, sign, seed, kl, **where):
-        rows = []
-        for split in ("neutral", "chats"):
-            for d in range(12):
-                at = common | where | {
-                    "arm": arm, "sign": sign, "seed": seed, "split": split,
-                    "item_id": f"{split}{d}", "cluster": f"{split}{d}",
-                    "n_tokens": 100 + d, "n_bytes": 420 + d,
-                }  # fmt: skip
-                noise = rng.gamma(4, 1 / 4) if sign else 0
-                rows += [
-                    Row(**at, metric="kl", value=kl * noise),
-                    Row(**at, metric="top1", value=1 - kl),
-                ]
-                if split == "neutral":
-                    nll = (100 + d) * (3 + 0.01 * d) + (100 + d) * 0.5 * kl * noise
-                    rows += [Row(**at, metric="nll", value=nll)]
-                else:
-                    rows += [Row(**at, metric="own_ce", value=0.4 + kl * noise)]
-        return rows
-
-    def cosines(arm, sign, seed, peak):
-        at = common | {"arm": arm, "sign": sign, "seed": seed, "split": "test"}
-        return [
-            Row(**at, metric="cos", item_id=f"i{i}", cluster=f"i{i}", layer=layer,
-                position=position,
-                value=float(peak * np.exp(-((layer - 15) / 5) ** 2) + rng.normal(-0.05, 0.01)))
-            for layer in range(30) for position in ("last", "before_answer", "response")
-            for i in range(2)
-        ]  # fmt: skip
-
-    base = behave("base", 0, 0, 0, ("val", "test", "ood")) + retain("base", 0, 0, 0)
-    base += cosines("base", 0, 0, 0.0)
-    for i in range(20):
-        for label, at in ((1.0, 0.5), (0.0, -0.5)):
-            base.append(
-                Row(**common, arm="base", sign=0, seed=0, split="test", item_id=f"j{i}",
-                    cluster=f"j{i}", metric="judge", value=rng.normal(at, 0.3), label=label,
-                    text="Synthetic.")
-            )  # fmt: skip
-    if claims:
-        for arm, sign, skill in (("base", 0, 0.3), ("dual", 1, 1.5), ("dual", -1, -0.5)):
-            base += _claims(rng, common, arm, sign, skill, items)
-    results.write_parquet(folder / "results/baseline.parquet", base)
-
-    swept = []
-    for sign in (1, -1):
-        for layer, power in ((10, 0.22), (15, 0.3), (20, 0.25)):
-            for k in (0.5, 1.0, 2.0):
-                where = {"k": k, "layer": layer}
-                chosen = ("val", "test", "ood") if (layer, k) == (15, 1.0) else ("val",)
-                swept += behave("steer", sign, 0, power * k, chosen, **where)
-                swept += retain("steer", sign, 0, 0.03 * k * k * layer / 15, **where)
-    results.write_parquet(folder / "results/steering.parquet", swept)
-
-    for arm in arms:
-        for sign in (1, -1):
-            for seed in seeds if arm != "prompt" else (0,):
-                shift = SHIFT[arm] + (rng.normal(0, 0.02) if arm != "prompt" else 0)
-                rows = behave(arm, sign, seed, shift)
-                if arm != "prompt":
-                    rows += retain(arm, sign, seed, 0.035)
-                    rows += cosines(arm, sign, seed, sign * SHIFT[arm])
-                run = folder / f"{arm}{'+' if sign > 0 else '-'}_s{seed}"
-                results.write_parquet(run / "results/tuned.parquet", rows)
-                if arm != "prompt":
-                    _log(run, rng)
-    (folder / "config.json").write_text(
-        json.dumps(
-            {"config": {"model": "synthetic/model", "dtype": "float32"}, "commit": "abc1234"}
-        )
-    )
-    return folder
-
-
-def _claims(rng, common, arm, sign, skill, items):
-    rows = []
-    for i in range(items):
-        for label in (0.0, 1.0):
-            for order in ("ab", "ba"):
-                bias = -0.6 * (2 * label - 1)
-                rows.append(
-                    Row(**common, arm=arm, sign=sign, seed=0, split="test",
-                        item_id=f"c{i}-{label:g}", cluster=f"c{i}", format="claim", order=order,
-                        metric="logodds", label=label,
-                        value=float(rng.normal(skill + bias, 1)), mass=0.8)
-                )  # fmt: skip
-        for order in ("ab", "ba"):
-            rows.append(
-                Row(**common, arm=arm, sign=sign, seed=0, split="test", item_id=f"s{i}",
-                    cluster=f"s{i}", format="ab", order=order, metric="logodds", mass=0.8,
-                    value=float(rng.normal(skill + (0.4 if order == "ab" else -0.4), 1)))
-            )  # fmt: skip
-    return rows
-
-
-def _log(run, rng):
-    lines = [
-        {"step": s, "loss": 3 - s / 20, "token_loss": 2 - s / 30 + rng.normal(0, 0.02),
-         "kl": s / 2000, "cosine_loss": 0.5 - s / 100, "cosine/mean": s / 150,
-         "grad_norm": 1.0 + rng.normal(0, 0.1)}
-        for s in range(0, 40, 5)
-    ]  # fmt: skip
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "lo'
-    (run / "metrics.jsonl").write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +100,7 @@ def test_identical_arms_show_no_difference(tmp_path):
 
 
 def test_claims_follow_the_convention_right_minus_wrong(read, page):
-    frame = tables.claims_frame(read).set_index("condition")
+    frame = verdicts.claims_frame(read).set_index("condition")
     rows = read.rows
     own = rows[(rows.arm == "dual") & (rows["sign"] == 1) & (rows.format == "claim")]
     margin = np.where(own.label == 1, own.value, -own.value)
@@ -262,8 +115,25 @@ def test_claims_follow_the_convention_right_minus_wrong(read, page):
     assert f"{row.auroc.estimate:.3f}" in page
 
 
+def test_claims_are_told_apart_by_form_and_polarity(read):
+    rows = read.rows[(read.rows.format == "claim")]
+    negated = frozenset(rows.item_id[rows.item_id.str.match(r"c[0-4]-")])
+    frame = verdicts.claims_apart_frame(dataclasses.replace(read, negated=negated))
+    own = rows[(rows.arm == "dual") & (rows["sign"] == 1)]
+    for form, chosen in (
+        (", negated", own.item_id.isin(negated)),
+        ("", ~own.item_id.isin(negated)),
+    ):
+        part = own[chosen]
+        expected = stats.auroc(np.where(part.label == 1, part.value, -part.value), part.label)
+        row = frame[(frame.condition == Condition("dual", 1)) & (frame.form == form)].iloc[0]
+        assert row.auroc.estimate == pytest.approx(expected)
+        assert row.n == part.item_id.nunique()
+    assert "Claims by form" in verdicts.verdicts_markdown(read)
+
+
 def test_scenarios_average_both_orders(read):
-    frame = tables.scenarios_frame(read).set_index("condition")
+    frame = verdicts.scenarios_frame(read).set_index("condition")
     rows = read.rows
     own = rows[(rows.arm == "base") & (rows.format == "ab")]
     assert frame.loc[BASE].lie.estimate == pytest.approx((1 / (1 + np.exp(own.value))).mean())

@@ -12,8 +12,9 @@ from flax import traverse_util
 from ml_collections import FrozenConfigDict
 
 from reptune_jax import config, lm
-from reptune_jax.tuning import loop, partition
+from reptune_jax.tuning import partition
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.task import make_task
 from tests import tiny, tuning_case
 
 gradient = jax.jit(steps.gradient, static_argnums=(0, 5))
@@ -25,9 +26,9 @@ def model(tmp_path_factory):
     return lm.load(str(tiny.make_llama(tmp_path_factory.mktemp("llama"))), "float32")
 
 
-def grads_of(case, batch, weight_3=None, accumulate=1):
-    weight_3 = case.task.weight_3 if weight_3 is None else jnp.array(weight_3)
-    return gradient(case.decoder, case.state.trained, case.task, batch, weight_3, accumulate)
+def grads_of(case, batch, weight_J=None, accumulate=1):
+    weight_J = case.task.weight_J if weight_J is None else jnp.array(weight_J)
+    return gradient(case.decoder, case.state.trained, case.task, batch, weight_J, accumulate)
 
 
 def assert_close(a, b, rtol):
@@ -43,10 +44,10 @@ def test_accumulation_over_unequal_micro_batches_is_the_full_batch(accumulate, m
     batch = tuning_case.batch(model, B=8, R=4)
     counts = batch.behavior.weight_BxLxC.sum((1, 2)).reshape(-1, accumulate).sum(0)
     assert len(set(counts.tolist())) > 1  # micro-batches carry different numbers of labels
-    full, (mean_3, cosine_N) = grads_of(case, batch)
-    parts, (mean_of_parts_3, cosine_of_parts_N) = grads_of(case, batch, accumulate=accumulate)
-    np.testing.assert_allclose(mean_of_parts_3, mean_3, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(cosine_of_parts_N, cosine_N, rtol=1e-5, atol=1e-6)
+    full, (mean_J, cosine_KxN) = grads_of(case, batch)
+    parts, (mean_of_parts_J, cosine_of_parts_KxN) = grads_of(case, batch, accumulate=accumulate)
+    np.testing.assert_allclose(mean_of_parts_J, mean_J, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(cosine_of_parts_KxN, cosine_KxN, rtol=1e-5, atol=1e-6)
     assert_close(parts, full, 2e-6)
 
 
@@ -81,9 +82,9 @@ def test_segmented_gradient_is_that_of_the_whole_model(model):
     batch, cut = tuning_case.batch(model), tuning_case.case(model, tuning_case.settings())
     whole = tuning_case.case(model, tuning_case.settings(train__layers=(0, 4)))
     assert len(cut.decoder.segments) == 3 and len(whole.decoder.segments) == 1
-    of_whole, (mean_3, _) = grads_of(whole, batch)
-    of_cut, (mean_of_cut_3, _) = grads_of(cut, batch)
-    np.testing.assert_allclose(mean_of_cut_3, mean_3, rtol=1e-6)
+    of_whole, (mean_J, _) = grads_of(whole, batch)
+    of_cut, (mean_of_cut_J, _) = grads_of(cut, batch)
+    np.testing.assert_allclose(mean_of_cut_J, mean_J, rtol=1e-6)
     assert_close(of_cut, {path: g[1:3] for path, g in of_whole.items()}, 1e-5)
 
 
@@ -92,7 +93,7 @@ def test_remat_changes_the_program_and_not_the_gradient(model):
     for remat in ("none", "dots", "full"):
         case = tuning_case.case(model, tuning_case.settings(train__remat=remat))
         found[remat], _ = grads_of(case, batch)
-        args = case.state.trained, case.task, batch, case.task.weight_3
+        args = case.state.trained, case.task, batch, case.task.weight_J
         traced = jax.make_jaxpr(lambda *a, d=case.decoder: steps.gradient(d, *a, 1))(*args)
         programs[remat] = re.sub(r"0x[0-9a-f]+", "", str(traced))
     assert len(set(programs.values())) == 3
@@ -209,17 +210,17 @@ def test_measuring_reports_each_losss_own_gradient_and_changes_nothing(model):
     moved = {k: 1.1 * v for k, v in case.state.trained.items()}  # else the KL has no gradient
     case.state = case.state.replace(trained=moved)
     batch = tuning_case.batch(model, R=4)
-    each = [grads_of(case, batch, row)[0] for row in np.eye(3, dtype=np.float32)]
+    each = [grads_of(case, batch, row)[0] for row in np.eye(5, dtype=np.float32)[:3]]
     step = steps.make_step(case.decoder, case.train)
     copy = jax.tree.map(jnp.copy, case.state)
     measured, metrics = step(case.state, case.task, batch, YES)
     unmeasured, quiet = step(copy, case.task, batch, NO)
     norms = [float(optax.global_norm(g)) for g in each]
     assert min(norms) > 1e-3
-    np.testing.assert_allclose(metrics["norm_3"], norms, rtol=1e-4)
+    np.testing.assert_allclose(metrics["norm_J"], [*norms, 0, 0], rtol=1e-4)
     dot = sum(float(jnp.vdot(each[0][k], each[1][k])) for k in each[0])
     assert float(metrics["conflict"]) == pytest.approx(dot / norms[0] / norms[1], abs=1e-4)
-    assert (np.asarray(quiet["norm_3"]) == 0).all()
+    assert (np.asarray(quiet["norm_J"]) == 0).all()
     assert step._cache_size() == 1
     for path, leaf in measured.trained.items():
         assert (np.asarray(leaf) == np.asarray(unmeasured.trained[path])).all()
@@ -240,9 +241,10 @@ def test_masters_are_float32_where_the_model_is_bfloat16(tmp_path):
 
 def test_the_task_is_the_armed_config_as_data(model):
     v = tuning_case.vector(model)
-    task = loop.make_task(config.armed(tuning_case.settings(arm="out", sign=-1)), v, {})
-    assert (float(task.cosine.into), float(task.cosine.out), float(task.cosine.sign)) == (0, 1, -1)
-    assert task.cosine.layer_N.tolist() == [0, 1, 1, 0]
-    assert task.weight_3.tolist() == [1, 1, 0]
-    token = loop.make_task(config.armed(tuning_case.settings(arm="token")), v, {})
-    assert token.weight_3.tolist() == [1, 0, 0]
+    task = make_task(config.armed(tuning_case.settings(arm="out", sign=-1)), v, {})
+    spec = task.cosine
+    assert (float(spec.into_K[0]), float(spec.out_K[0]), float(spec.sign_K[0])) == (0, 1, -1)
+    assert spec.layer_KxN.tolist() == [[0, 1, 1, 0]]
+    assert task.weight_J.tolist() == [1, 1, 0, 0, 0]
+    token = make_task(config.armed(tuning_case.settings(arm="token")), v, {})
+    assert token.weight_J.tolist() == [1, 0, 0, 0, 0]

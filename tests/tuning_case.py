@@ -11,8 +11,9 @@ from reptune_jax import mesh as meshes
 from reptune_jax.data.batches import Batch, Example, Keep, stack_examples
 from reptune_jax.lm import Model
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import adapters, loop, partition, retention
+from reptune_jax.tuning import adapters, partition, retention
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.task import make_task
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 T = 16
@@ -54,10 +55,13 @@ def batch(model: Model, B: int = 4, R: int = 0, neutral: bool = False, seed: int
     return Batch(rows, keep(model, R, seed) if R else None)
 
 
-def keep(model: Model, R: int, seed: int = 0) -> Keep:
+def keep(model: Model, R: int, seed: int = 0, layers: tuple[int, int] | None = None) -> Keep:
     rng = np.random.default_rng(seed + 100)
-    rows = [(rng.integers(4, model.arch.V, n).tolist(), 1) for n in rng.integers(6, T, R)]
-    return retention.make_keep(model, rows, T, 5, batch=R)
+    texts = [
+        retention.Text(rng.integers(4, model.arch.V, n).tolist(), 1, own=r % 2 == 1)
+        for r, n in enumerate(rng.integers(6, T, R))
+    ]
+    return retention.make_keep(model, texts, T, 5, batch=R, layers=layers)
 
 
 @dataclasses.dataclass
@@ -70,10 +74,16 @@ class Case:
     train: FrozenConfigDict
 
 
-def case(model: Model, c: ConfigDict, v: SteeringVector | None = None, mesh: Any = None) -> Case:
+def case(
+    model: Model,
+    c: ConfigDict,
+    v: SteeringVector | None = None,
+    mesh: Any = None,
+    others: Any = None,
+) -> Case:
     train = FrozenConfigDict(c.train)
     cuts = partition.segments(model.arch.N, train.layers)
     trained, frozen = adapters.begin(model.arch, model.params, train, c.seed)
-    task = loop.make_task(c, vector(model) if v is None else v, frozen)
+    task = make_task(c, vector(model) if v is None else v, frozen, others)
     decoder = Decoder(model.arch, cuts, model.dtype, train.remat, rows=meshes.rows_of(mesh))
     return Case(decoder, steps.init_state(trained, train, mesh), task, train)

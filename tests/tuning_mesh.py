@@ -1,5 +1,7 @@
 """Run by test_mesh on 8 forced devices: python -m tests.tuning_mesh MODEL OUT 8x1x1 2x4x1 …"""
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import optax
 
 from reptune_jax import lm, mesh
-from reptune_jax.tuning import checkpoint, digest
+from reptune_jax.tuning import ahead, checkpoint, digest
 from reptune_jax.tuning import step as steps
 from tests import tuning_case
 
@@ -25,7 +27,10 @@ def some_steps(model, where=None):
     state, seen, measure = case.state, {"before": layout(case.state)}, jnp.asarray(False)
     step = steps.make_step(case.decoder, case.train, where)
     # Compiled ahead, as the loop does: another layout after a step would be an error.
-    step = step.lower(state, case.task, batches[0], measure).compile()
+    args = state, case.task, batches[0], measure
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        step = ahead.compile_step(step, args, case.decoder.arch, case.train, where)
+    seen["said"] = out.getvalue().splitlines()
     for batch in batches:
         state, metrics = step(state, case.task, batch, measure)
         losses.append(float(metrics["loss"]))

@@ -28,17 +28,25 @@ class Rows:
     target_BxLxC: Array
     weight_BxLxC: Array
     cosine_BxT: Array
+    of_B: Array  # which of the run's behaviors
+    base_BxNxT: Array | None = None  # the base model's cosines, where a step refers to them
+    below_BxTxD: Array | None = None  # what enters the lowest trained layer, where it is known
+    below_cosine_BxMxT: Array | None = None  # and the cosines of the M layers below
 
 
 @flax.struct.dataclass
 class Keep:
-    """Rows of unrelated text, with the base model's final hidden states at L of their positions."""
+    """Rows of unrelated text, with what the base model computes at L of their positions."""
 
     tokens_BxT: Array
     mask_BxT: Array
     at_BxL: Array
     weight_BxL: Array
-    hidden_BxLxD: Array
+    hidden_BxLxD: Array  # final hidden states
+    next_BxL: Array  # the token that follows
+    own_BxL: Array  # 1 where that is a token of the base's own answer
+    residual_BxMxLxD: Array | None = None  # output of the M trained layers, where a loss needs it
+    below_BxTxD: Array | None = None
 
 
 @flax.struct.dataclass
@@ -49,8 +57,10 @@ class Batch:
     keep: Keep | None
 
 
-def stack_examples(examples: Sequence[Example], pad_id: int, T: int) -> Rows:
-    """All examples as padded arrays; a batch is a choice of rows.
+def stack_examples(
+    examples: Sequence[Example], pad_id: int, T: int, of: Sequence[int] | None = None
+) -> Rows:
+    """All examples as padded arrays; a batch is a choice of rows. `of`: the behavior of each.
 
     Raises:
       ValueError: no examples.
@@ -66,6 +76,7 @@ def stack_examples(examples: Sequence[Example], pad_id: int, T: int) -> Rows:
         target_BxLxC=np.zeros((B, L, C), np.int32),
         weight_BxLxC=np.zeros((B, L, C), np.float32),
         cosine_BxT=np.zeros((B, T), np.float32),
+        of_B=np.zeros(B, np.int32) if of is None else np.array(of, np.int32),
     )
     for b, e in enumerate(examples):
         rows.tokens_BxT[b, : len(e.ids)] = e.ids
@@ -76,6 +87,19 @@ def stack_examples(examples: Sequence[Example], pad_id: int, T: int) -> Rows:
             for c, (token, share) in enumerate(candidates):
                 rows.target_BxLxC[b, i, c], rows.weight_BxLxC[b, i, c] = token, share
     return rows
+
+
+def choose_of_each(
+    sizes: Sequence[int], batches: Sequence[int], seed: int, step: int
+) -> np.ndarray:
+    """Row numbers of a step where rows of several kinds lie one after another: some of each."""
+    first = np.cumsum([0, *sizes])
+    return np.concatenate(
+        [
+            at + choose_rows(n, batch, seed, step)
+            for at, n, batch in zip(first, sizes, batches, strict=False)
+        ]
+    )
 
 
 def choose_rows(total: int, batch: int, seed: int, step: int) -> np.ndarray:

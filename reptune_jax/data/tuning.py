@@ -44,6 +44,11 @@ def verdict_example(
     return Example(prompt, [len(prompt) - 1], [targets], cosine)
 
 
+def unlabeled(example: Example) -> Example:
+    """The same row, without weight in the token loss."""
+    return example._replace(targets=[[(token, 0.0) for token, _ in t] for t in example.targets])
+
+
 def offset_span(offset: int, length: int) -> tuple[int, int]:
     """[start, stop) of one token counted back from the end of a prompt."""
     if not -length <= offset < 0:

@@ -46,14 +46,21 @@ def apply_steer(
 
 @flax.struct.dataclass
 class Probe:
-    """Directions to take the cosine with, and a point to take it from (zeros: the paper's)."""
+    """Directions to take the cosine with, and a point to take it from (zeros: the paper's).
+
+    Both [N, D], or [N, B, D] where every row has its own.
+    """
 
     direction_NxD: jax.Array
     center_NxD: jax.Array
 
 
 def cosine(x_BxTxD: jax.Array, v_D: jax.Array, center_D: jax.Array) -> jax.Array:
-    """cos(h - center, v) at every token, float32 [B, T]; 0 where v is zero (paper section 3)."""
-    x, v = x_BxTxD.astype(jnp.float32) - center_D, v_D.astype(jnp.float32)
-    norm_BxT = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(v)
-    return (x @ v) / jnp.maximum(norm_BxT, _EPS)
+    """cos(h - center, v) at every token, float32 [B, T]; 0 where v is zero (paper section 3).
+
+    v and center may be [B, D].
+    """
+    x, v = x_BxTxD.astype(jnp.float32) - center_D[..., None, :], v_D.astype(jnp.float32)
+    dot_BxT = jnp.einsum("btd,d->bt" if v.ndim == 1 else "btd,bd->bt", x, v)
+    norm_BxT = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(v, axis=-1)[..., None]
+    return dot_BxT / jnp.maximum(norm_BxT, _EPS)

@@ -257,11 +257,16 @@ class Decoder(nn.Module):
         keep_residual: bool = False,
         cache: Cache | None = None,
         slot: jax.Array | int = 0,
+        enter: tuple[str, jax.Array] | None = None,
+        leave: str = "",
     ) -> tuple[jax.Array, Cache | None]:
         """Returns (hidden_BxTxD after the final norm, cache).
 
         Without a cache `mask_BxT` marks the real tokens. With one it is [B, S], the real tokens of
         the whole cache including these, which are written at `slot` and follow on.
+
+        `leave` names a segment to stop before: hidden is then the residual stream that enters it.
+        `enter` = (segment, that residual) goes on from there, and the segments below do not run.
         """
         T, kinds = tokens_BxT.shape[1], self.arch.kinds
         # With a cache the mask covers all S slots; these tokens' positions are the T from `slot`.
@@ -284,8 +289,14 @@ class Decoder(nn.Module):
             (steer.direction_NxD, steer.add_NxB, steer.ablate_NxB) if steer else None,
             probe,
         )
-        carry, start = (self._embed(tokens_BxT, positions_BxT, mask_BxT), cache), 0
-        for name, length in self.segments:
+        names = [name for name, _ in self.segments]
+        first = names.index(enter[0]) if enter else 0
+        start = sum(length for _, length in self.segments[:first])
+        x_BxTxD = enter[1] if enter else self._embed(tokens_BxT, positions_BxT, mask_BxT)
+        carry = x_BxTxD, cache
+        for name, length in self.segments[first:]:
+            if name == leave:
+                return carry
             carry, _ = getattr(self, name)(carry, layers.slice(start, start + length), shared)
             start += length
         hidden_BxTxD = self.final_norm(shared.by_rows(carry[0]))
@@ -359,8 +370,8 @@ def unembed(decoder: Decoder, params: Any, hidden_xD: jax.Array) -> jax.Array:
 
 
 def collect(intermediates: dict[str, Any], segments: Segments, name: str) -> jax.Array:
-    """Joins what the segments sowed under `name` back into one [N, ...] array."""
-    parts = [intermediates[segment][name] for segment, _ in segments]
+    """Joins what the segments that ran sowed under `name` back into one [N, ...] array."""
+    parts = [intermediates[segment][name] for segment, _ in segments if segment in intermediates]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 

@@ -2,13 +2,13 @@
 
 from absl import app, flags, logging
 
-from reptune_jax.report import html, study, tables
+from reptune_jax.report import html, study, tables, verdicts
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The study folder.", required=True)
 _MARKDOWN = flags.DEFINE_bool(
     "markdown",
     False,
-    "Print the headline, comparison and retention tables instead of writing the page.",
+    "Print the headline, comparison, claims and retention tables instead of writing the page.",
 )
 _PRIMARY = flags.DEFINE_string(
     "primary",
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     if _MARKDOWN.value:
         print(tables.headline_markdown(read))
         print(tables.family_markdown(read))
+        print(verdicts.verdicts_markdown(read))
         print(tables.retention_markdown(read, _MARGIN.value))
         return
     logging.info("Wrote %s", html.write(read, _MARGIN.value))

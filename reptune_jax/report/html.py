@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from reptune_jax.evals import judges
-from reptune_jax.report import captions, plots, tables
+from reptune_jax.report import captions, plots, tables, verdicts
 from reptune_jax.report import study as studies
 from reptune_jax.report.study import BASE, Condition, Study
 
@@ -88,8 +88,10 @@ def _context(study: Study, margin: float, plot_dir: Path | None) -> dict[str, An
         "selection": selection(study),
         "headline": [tables.headline_table(study, m) for m in measures],
         "families": [tables.family_table(study, m) for m in measures if primary],
-        "claims": tables.claims_table(study) if "claim" in formats else None,
-        "scenarios": tables.scenarios_table(study) if "ab" in formats else None,
+        "claims": [verdicts.claims_table(study), verdicts.claims_apart_table(study)]
+        if "claim" in formats
+        else [],
+        "scenarios": verdicts.scenarios_table(study) if "ab" in formats else None,
         "retention": [tables.retention_table(study, margin), tables.guards_table(study)],
         "plots": _plots(study, plot_dir),
         "generations": generations(study),

@@ -77,6 +77,7 @@ class Study:
     config: dict[str, Any]
     vector: dict[str, Any]
     prompts: dict[str, str]  # item_id -> the user's last message
+    negated: frozenset[str]  # item_ids of claims with a "not"
     primary: Measure | None
     primary_chosen: bool = False  # by the caller, instead of by the default order
     kl_budget: float | None = None
@@ -214,13 +215,15 @@ def read(folder: str | Path, primary: str | None = None, kl_budget: float | None
         if (metric, kind) not in present:
             known = ", ".join(sorted(f"{m}:{f}" for m, f in present & set(_PRIMARY)))
             raise ValueError(f"primary: got {primary!r}, expected one of: {known}.")
+    items = _items(sorted(set(rows.behavior)))
     return Study(
         folder=folder,
         rows=rows,
         curves=_curves(folder),
         config=config,
         vector=_vector(folder / "vector.safetensors"),
-        prompts=_prompts(sorted(set(rows.behavior))),
+        prompts={item["id"]: _prompt(item) for item in items},
+        negated=frozenset(item["id"] for item in items if "negated:1" in item["tags"]),
         primary=chosen,
         primary_chosen=bool(primary),
         kl_budget=kl_budget,
@@ -256,14 +259,20 @@ def _vector(path: Path) -> dict[str, Any]:
     return meta | about | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
 
 
-def _prompts(behaviors: list[str]) -> dict[str, str]:
-    prompts = {}
-    for path in (BEHAVIORS / f"{name}.jsonl" for name in behaviors):
-        for line in path.read_text().splitlines() if path.exists() else ():
-            item = json.loads(line)
-            turns = [m["content"] for m in item["messages"] if m["role"] == "user"]
-            prompts[item["id"]] = turns[-1] if turns else ""
-    return prompts
+def _items(behaviors: list[str]) -> list[dict[str, Any]]:
+    """Rows of the shipped ones among these behaviors."""
+    paths = [BEHAVIORS / f"{name}.jsonl" for name in behaviors]
+    return [
+        json.loads(line)
+        for path in paths
+        if path.exists()
+        for line in path.read_text().splitlines()
+    ]
+
+
+def _prompt(item: dict[str, Any]) -> str:
+    turns = [m["content"] for m in item["messages"] if m["role"] == "user"]
+    return turns[-1] if turns else ""
 
 
 def _curves(folder: Path) -> pd.DataFrame:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from reptune_jax.evals import stats
@@ -94,81 +93,6 @@ def verdict(advantage: Interval, p_adjusted: float, level: float = 0.05) -> str:
     if p_adjusted < level and advantage.excludes(0):
         return "dual ahead" if advantage.estimate > 0 else "dual behind"
     return "no difference shown"
-
-
-def claims_frame(study: Study, split: str = "test") -> Any:
-    """Discrimination and bias per arm: AUROC, accuracy balanced over orders, d', c, coverage."""
-    measure = Measure("logodds", "claim")
-    base = truth_coded(study.measured(BASE, measure, split))
-    rows = []
-    for condition in study.picks(split):
-        own = truth_coded(study.measured(condition, measure, split))
-        if own.empty:
-            continue
-        paired = studies.pair(own.assign(value=own.margin), base.assign(value=base.margin))
-        dprime, c = stats.bootstrap_dprime(own.says_true, own.label, own.cluster, own.seed)
-        rows.append(
-            {
-                "condition": condition,
-                "auroc": stats.bootstrap_auroc(own.margin, own.label, own.cluster, own.seed),
-                "gain": _auroc_gain(paired) if condition != BASE else None,
-                "accuracy": studies.interval(own, "right", "order_weight"),
-                "dprime": dprime,
-                "c": c,
-                "coverage": studies.interval(own, "mass"),
-                "n": own.item_id.nunique(),
-            }
-        )
-    columns = ["condition", "auroc", "gain", "accuracy", "dprime", "c", "coverage", "n"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _auroc_gain(paired: pd.DataFrame) -> Interval:
-    return stats.bootstrap_auroc(
-        paired.value, paired.label, paired.cluster, paired.seed, other=paired.value_b
-    )
-
-
-def truth_coded(rows: pd.DataFrame) -> pd.DataFrame:
-    """Labelled claims with margin = log p(true) - log p(false); value is right minus wrong."""
-    rows = rows[rows.label.isin([0.0, 1.0])].copy()
-    rows["margin"] = rows.value * (2 * rows.label - 1)
-    rows["says_true"] = np.where(rows.margin.isna(), np.nan, rows.margin > 0)
-    rows["right"] = np.where(rows.value.isna(), np.nan, rows.value > 0)
-    rows["order_weight"] = 1 / rows.groupby("order").order.transform("size")
-    return rows
-
-
-def scenarios_frame(study: Study, split: str = "test") -> Any:
-    """Pressure scenarios per arm: P(lie), share honest in both orders, position bias, coverage."""
-    rows = []
-    for condition in study.picks(split):
-        own = study.measured(condition, Measure("logodds", "ab"), split)
-        if own.empty:
-            continue
-        own = own.assign(
-            lie=1 / (1 + np.exp(own.value.clip(-500, 500))),
-            honest=np.where(own.value.isna(), np.nan, own.value > 0),
-            first=own.value * np.where(own.order == "ba", -1.0, 1.0),
-        )
-        keys = ["item_id", "template", "seed", "cluster"]
-        both = own[own.order.isin(["ab", "ba"])].groupby(keys, as_index=False).agg(
-            honest=("honest", "min"), first=("first", "mean"), orders=("order", "nunique")
-        )  # fmt: skip
-        both = both[both.orders == 2]
-        rows.append(
-            {
-                "condition": condition,
-                "lie": studies.interval(own, "lie"),
-                "consistent": studies.interval(both, "honest"),
-                "position": studies.interval(both, "first"),
-                "coverage": studies.interval(own, "mass"),
-                "n": own.item_id.nunique(),
-            }
-        )
-    return pd.DataFrame(
-        rows, columns=["condition", "lie", "consistent", "position", "coverage", "n"]
-    )
 
 
 def retention_frame(study: Study, margin: float = MARGIN) -> Any:
@@ -280,40 +204,6 @@ def _budget_note(study: Study) -> str:
             if condition is not None and math.isfinite(kl := study.kl(condition)):
                 costs.append(f"{condition.name}: {number(kl)}")
     return f" KL on neutral prose, nats/token ({', '.join(costs)})." if costs else ""
-
-
-def claims_table(study: Study) -> Table:
-    """Claims as text."""
-    rows = [
-        [r.condition.name]
-        + [interval(r.auroc, signed=False), interval(r.gain), interval(r.accuracy, signed=False)]
-        + [interval(r.dprime), interval(r.c), interval(r.coverage, signed=False)]
-        + [str(r.n)]
-        for r in claims_frame(study).itertuples()
-    ]
-    header = [
-        "Arm",
-        "AUROC",
-        "Δ AUROC vs base",
-        "Accuracy",
-        "d′",
-        "Criterion c",
-        "Coverage",
-        "Items",
-    ]
-    return Table("Claims", captions.CLAIMS, header, rows, "No labelled claims.")
-
-
-def scenarios_table(study: Study) -> Table:
-    """Pressure scenarios as text."""
-    rows = [
-        [r.condition.name]
-        + [interval(r.lie, signed=False), interval(r.consistent, signed=False)]
-        + [interval(r.position), interval(r.coverage, signed=False), str(r.n)]
-        for r in scenarios_frame(study).itertuples()
-    ]
-    header = ["Arm", "P(lie)", "Honest in both orders", "Position bias (nats)", "Coverage", "Items"]
-    return Table("Scenarios under pressure", captions.SCENARIOS, header, rows, "No scenarios.")
 
 
 def retention_table(study: Study, margin: float = MARGIN) -> Table:

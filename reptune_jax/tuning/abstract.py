@@ -11,12 +11,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from reptune_jax import mesh as meshes
+from reptune_jax.config import retains
 from reptune_jax.data.batches import Batch, Keep, Rows
 from reptune_jax.model import attention
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.transformer import Decoder, whole
-from reptune_jax.tuning import adapters, loop, partition
+from reptune_jax.tuning import adapters, partition
 from reptune_jax.tuning import step as steps
+from reptune_jax.tuning.task import make_task, needs_anchors
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
@@ -50,7 +52,8 @@ def step(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> t
     state = jax.tree_util.tree_map_with_path(functools.partial(_as_trained, trained, mesh), state)
     zeros_NxD = np.zeros((arch.N, arch.D), np.float32)
     vector = SteeringVector(zeros_NxD, np.ones(arch.N), zeros_NxD, tuple(range(arch.N)), {})
-    task = _replicated(loop.make_task(c, vector, {}), mesh).replace(frozen=frozen)
+    others = dict.fromkeys(c.loss.also, vector)
+    task = _replicated(make_task(c, vector, {}, others), mesh).replace(frozen=frozen)
     args = state, task, batch(c, arch, dtype, mesh, T, L), struct((), bool, mesh, PartitionSpec())
     return steps.make_step(decoder, train, mesh), args
 
@@ -61,7 +64,8 @@ def batch(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> 
     def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return struct(shape, dtype, mesh, meshes.BATCH)
 
-    B, R, P = c.train.batch, c.train.retain_batch, c.train.retain_positions
+    B = c.train.batch + sum(one.batch for one in c.loss.also.values())
+    R, P = c.train.retain_batch, c.train.retain_positions
     f32 = jnp.float32
     behavior = Rows(
         tokens_BxT=rows(B, T),
@@ -70,15 +74,21 @@ def batch(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> 
         target_BxLxC=rows(B, L, 1),
         weight_BxLxC=rows(B, L, 1, dtype=f32),
         cosine_BxT=rows(B, T, dtype=f32),
+        of_B=rows(B),
+        base_BxNxT=rows(B, arch.N, T, dtype=f32) if needs_anchors(c) else None,
     )
-    if not c.loss.retain:
+    if not retains(c):
         return Batch(behavior, None)
+    first, stop = c.train.layers
     keep = Keep(
         tokens_BxT=rows(R, T),
         mask_BxT=rows(R, T),
         at_BxL=rows(R, P),
         weight_BxL=rows(R, P, dtype=f32),
         hidden_BxLxD=rows(R, P, arch.D, dtype=dtype),
+        next_BxL=rows(R, P),
+        own_BxL=rows(R, P, dtype=f32),
+        residual_BxMxLxD=rows(R, stop - first, P, arch.D, dtype=dtype) if c.loss.l2 else None,
     )
     return Batch(behavior, keep)
 

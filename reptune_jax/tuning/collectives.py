@@ -46,6 +46,17 @@ def traffic(hlo: str, mesh: Mesh) -> dict[tuple[str, str], Traffic]:
     return dict(sorted(found.items()))
 
 
+def lines(found: dict[tuple[str, str], Traffic], unit: str = "MiB") -> list[str]:
+    """One line by kind and axes: how many, and what a device sends for them, in `unit`."""
+    if not found:
+        return ["collectives a step: none"]
+    size = {"MiB": 2**20, "GiB": 2**30}[unit]
+    out = [f"collectives a step: kind, mesh axes, how many, {unit} sent per device"]
+    for (kind, axes), t in found.items():
+        out.append(f"  {kind:<20}{axes:<14}{t.times:>6}{t.bytes_sent / size:>9.2f}")
+    return out
+
+
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     out: dict[str, list[str]] = {}
     entry = name = ""
@@ -112,14 +123,17 @@ def _size(match: re.Match) -> float:
 
 
 def _group(line: str, devices: int) -> list[int]:
-    """The devices of the first group, or of the first pair of a permute."""
+    """The devices of the first group, or of a permute's first pair that is not a device's own."""
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         groups, dims = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
         order = [int(d) for d in iota[3].split(",")] if iota[3] else list(range(len(dims)))
         ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
         return ids.reshape(groups[0], -1)[0].tolist()
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return [int(d) for d in listed[1].split(",")]
+    if listed := re.search(r"source_target_pairs=\{([{}\d,]+)\}", line):
+        pairs = [[int(d) for d in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", listed[0])]
+        return next((pair for pair in pairs if pair[0] != pair[1]), [0])
     return list(range(devices))  # no groups: all of them
 
 

@@ -1,11 +1,13 @@
 """The rows a run trains on: behavior examples by split, and retention text."""
 
+import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from reptune_jax.config import retains
 from reptune_jax.data import tuning as examples
-from reptune_jax.data.batches import Example, Keep, stack_examples
+from reptune_jax.data.batches import Example, Keep, Rows, stack_examples
 from reptune_jax.data.contrast import claim_prompts
 from reptune_jax.data.schema import Item, load_behavior, select
 from reptune_jax.hub import tokenizer as tokenizers
@@ -19,21 +21,52 @@ _keeps: dict[tuple, Keep] = {}
 
 
 def make_corpus(c: ConfigDict, workdir: Path, model: Model) -> Corpus:
-    """Tokenised training and validation rows, all of one length so that one program fits them."""
+    """Tokenised training and validation rows, all of one length so that one program fits them.
+
+    Those of `c.behavior` first, then those of each behavior in `c.loss.also`.
+    """
+    each = {c.behavior: (c, workdir)} | {
+        f"loss.also.{name}": other_behavior(c, one) for name, one in c.loss.also.items()
+    }
+    train, val = (
+        [_examples(name, own, folder, model, split) for name, (own, folder) in each.items()]
+        for split in ("tune", "val")
+    )
+    val = [found[: c.train.val_rows or None] for found in val]
+    longest = max(len(e.ids) for found in train + val for e in found)
+    T = -(-longest // _BUCKET) * _BUCKET
+    rows = [_stack(side, model.pad_id, T) for side in (train, val)]
+    keeps = [_keep(c, model, split, T) if retains(c) else None for split in ("train", "val")]
+    batches = (c.train.batch, *(one.batch for one in c.loss.also.values()))
+    return Corpus(rows[0], rows[1], keeps[0], keeps[1], tuple(map(len, train)), batches)
+
+
+def other_behavior(c: ConfigDict, one: ConfigDict) -> tuple[ConfigDict, Path]:
+    """(the config that makes the rows of a further behavior, its study folder)."""
+    folder = Path(one.folder)
+    stored = json.loads((folder / "config.json").read_text())["config"]
+    own = c.copy_and_resolve_references()
+    own.behavior, own.sign = stored["behavior"], one.sign
+    own.loss.position, own.loss.mode = one.position, one.mode
+    own.loss.targets = "neutral" if one.mode == "out" else one.targets
+    return own, folder
+
+
+def _examples(name: str, c: ConfigDict, workdir: Path, model: Model, split: str) -> list[Example]:
     items = load_behavior(c.behavior)
     of_split = _free_examples if select(items, format="free") else _claim_examples
-    train, val = (of_split(c, workdir, model, items, split) for split in ("tune", "val"))
-    for split, found in (("tune", train), ("val", val)):
-        if not found:
-            raise ValueError(
-                f"behavior {c.behavior}: got no example of split {split!r}, expected free prompts "
-                "or claims. Add some."
-            )
-    val = val[: c.train.val_rows or None]
-    T = -(-max(len(e.ids) for e in train + val) // _BUCKET) * _BUCKET
-    rows = [stack_examples(e, model.pad_id, T) for e in (train, val)]
-    keeps = [_keep(c, model, split, T) if c.loss.retain else None for split in ("train", "val")]
-    return Corpus(rows[0], rows[1], keeps[0], keeps[1])
+    found = of_split(c, workdir, model, items, split)
+    if not found:
+        raise ValueError(
+            f"behavior {name}: got no example of split {split!r}, expected free prompts "
+            "or claims. Add some."
+        )
+    return [examples.unlabeled(e) for e in found] if c.loss.mode == "keep" else found
+
+
+def _stack(of_each: list[list[Example]], pad_id: int, T: int) -> Rows:
+    of = [k for k, found in enumerate(of_each) for _ in found]
+    return stack_examples([e for found in of_each for e in found], pad_id, T, of)
 
 
 def _free_examples(
@@ -75,9 +108,11 @@ def _claim_examples(
 
 def _keep(c: ConfigDict, model: Model, split: str, T: int) -> Keep:
     """Retention rows; the runs of a study share them, and reading them costs tens of seconds."""
-    key = (model.sha, model.dtype.name, split, T, c.eval.new_tokens, c.train.retain_positions)
+    layers = tuple(c.train.layers) if c.loss.l2 else None
+    L = c.train.retain_positions
+    key = (model.sha, model.dtype.name, split, T, c.eval.new_tokens, L, layers)
     if key not in _keeps:
-        rows = retention.prose_rows(model, split, T)
-        rows += retention.chat_rows(model, split, c.eval.new_tokens)
-        _keeps[key] = retention.make_keep(model, rows, T, c.train.retain_positions)
+        texts = retention.prose_texts(model, split, T)
+        texts += retention.chat_texts(model, split, c.eval.new_tokens)
+        _keeps[key] = retention.make_keep(model, texts, T, L, layers=layers)
     return _keeps[key]

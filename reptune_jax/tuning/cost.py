@@ -29,21 +29,26 @@ def step_flops(
     T: int,
     heads: int,
     adapters: int = 0,
+    still: int = 0,
+    below: int = 0,
 ) -> dict[str, float]:
     """FLOPs of one training step over `tokens` tokens in rows of T.
 
-    forward: every layer, and the head at `heads` positions. activations: the gradient with respect
-    to them, in and above the tuned layers, and through the head. weights: `trained` weights only.
-    Those of them that are `adapters` are products of their own, in the forward pass and back.
+    forward: every layer but the `below` whose output is known, and the head at `heads` positions.
+    activations: the gradient with respect to them, in and above the tuned layers, and through the
+    head, but for `still` of its positions. weights: `trained` weights only. Those of them that are
+    `adapters` are products of their own, in the forward pass and back.
     """
     first, _ = layers
-    head = 2.0 * heads * arch.D * arch.V
+    position = 2.0 * arch.D * arch.V
     layer = layer_flops(arch, tokens, T)
     # Attention's backward has two products for each forward one.
     attention = 2.0 * tokens * 2 * T * arch.H * arch.Dh
     parts = {
-        "forward": arch.N * layer + head + 2.0 * tokens * adapters,
-        "activations": (arch.N - first) * (layer + attention) + head + 2.0 * tokens * adapters,
+        "forward": (arch.N - below) * layer + heads * position + 2.0 * tokens * adapters,
+        "activations": (arch.N - first) * (layer + attention)
+        + (heads - still) * position
+        + 2.0 * tokens * adapters,
         "weights": 2.0 * tokens * trained,
     }
     return {**parts, "total": float(np.sum(list(parts.values())))}
@@ -52,13 +57,15 @@ def step_flops(
 def batch_flops(arch: Arch, layers: tuple[int, int], trained: Flat, batch: Batch) -> dict:
     """`step_flops` of a step over this batch."""
     rows, T = batch.behavior.tokens_BxT.shape
-    heads = batch.behavior.at_BxL.size
+    heads, still = batch.behavior.at_BxL.size, 0
     if batch.keep is not None:
         rows += batch.keep.tokens_BxT.shape[0]
-        heads += 2 * batch.keep.at_BxL.size  # the base's logits and the model's
+        still = batch.keep.at_BxL.size  # the base's logits, beside the model's
+        heads += 2 * still
     size = sum(leaf.size for leaf in trained.values())
     adapters = sum(leaf.size for path, leaf in trained.items() if lora.is_leaf(path))
-    return step_flops(arch, layers, size, rows * T, T, heads, adapters)
+    below = layers[0] if batch.behavior.below_BxTxD is not None else 0
+    return step_flops(arch, layers, size, rows * T, T, heads, adapters, still, below)
 
 
 def describe(arch: Arch, train: FrozenConfigDict, trained: Flat, batch: Batch) -> str:

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,12 @@ from reptune_jax import program
 from reptune_jax.data.batches import Batch
 from reptune_jax.lm import Model
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import cost, loop
+from reptune_jax.tuning import cost, hardware, loop
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.run import Job, Run
 
 Groups = tuple[tuple[Job, ...], ...]  # [G][A]
+_OWN = ("base_BxNxT", "below_cosine_BxMxT")  # leaves of rows that depend on a run's vector
 
 
 def tune(jobs: Sequence[Job], model: Model) -> None:
@@ -74,7 +75,7 @@ def _tune(groups: Groups, model: Model) -> None:
     decoder, frozen, runs, states = loop.make_decoder(first, model), None, [], []
     with contextlib.ExitStack() as stack:
         for job in (job for group in groups for job in group):
-            task, state = loop.start(job, model, frozen)
+            job, task, state = loop.start(job, model, decoder, frozen)
             frozen = task.frozen
             run, state = stack.enter_context(loop.opened(job, decoder, task, state, None))
             runs.append(run)
@@ -104,24 +105,25 @@ class Fleet:
         self.evaluate = make_evaluate(decoder, _at_once())
 
     def begin(self) -> None:
-        """Compiles; measures the untuned model for the runs that begin."""
+        """Measures the untuned model for the runs that begin; compiles."""
         fresh = [m for m in sorted(self.left) if self.runs[m].saved.latest() is None]
         if fresh:
-            self._validate(fresh)
+            for m, found in zip(fresh, self._validate(fresh), strict=True):
+                run = self.runs[m]
+                run.log.settings(run.saved.workdir.name, run.c.to_dict(), found)
         self._settle(self.left)
-        first, began = min(self.at), time.monotonic()
+        first, arch = min(self.at), self.decoder.arch
+        trained, one = self._pick(0).trained, self.runs[0].batch(first)
+        program.say(f"{len(self.runs)} times: {cost.describe(arch, self.train, trained, one)}")
+        began, measure = time.monotonic(), jnp.asarray(True)
         step, batch = make_step(self.decoder, self.train, _at_once()), self._batch(first)
-        measure, mask = jnp.asarray(True), self._mask([])
-        lowered = step.lower(self.state, self.task, self.frozen, batch, measure, mask)
-        self.compiled = lowered.compile()
-        seconds, one = time.monotonic() - began, self.runs[0].batch(first)
-        trained = self._pick(0).trained
-        flops = cost.batch_flops(self.decoder.arch, tuple(self.train.layers), trained, one)
-        about = cost.describe(self.decoder.arch, self.train, trained, one)
-        program.say(f"{len(self.runs)} times: {about}")
+        args = self.state, self.task, self.frozen, batch, measure, self._mask([])
+        self.compiled = step.lower(*args).compile()
+        seconds = time.monotonic() - began
         program.say(f"compiled in {seconds:.1f} s; {cost.memory(self.compiled)}")
+        program.say(hardware.about_peak(jax.devices()[0].device_kind, self.train.peak_tflops))
         for run in self.runs:
-            run.flops = flops["total"]
+            run.count_flops(arch, trained, one)
             run.log.begin()
 
     def going(self) -> bool:
@@ -153,12 +155,14 @@ class Fleet:
             self.runs[active[0]].log.progress(at, {"loss": loss, "examples_per_s": rate})
 
     def validate(self, at: int) -> None:
-        self._validate(self.active)
-        self._settle(self.active)
+        with self._aside():
+            self._validate(self.active)
+            self._settle(self.active)
 
     def save(self, at: int) -> None:
-        for m in self.active:
-            self.runs[m].save(self._pick(m))
+        with self._aside():
+            for m in self.active:
+                self.runs[m].save(self._pick(m))
 
     def save_due(self, at: int, logged: bool) -> bool:
         return self.runs[min(self.left)].save_due(at, logged)
@@ -170,15 +174,17 @@ class Fleet:
         for run in self.runs:
             run.saved.wait()
 
-    def _validate(self, chosen: Iterable[int]) -> None:
+    def _validate(self, chosen: Iterable[int]) -> list[dict[str, float]]:
         found = [
             meshes.fetch(self.evaluate(self.state.trained, self.task, self.frozen, batch))
-            for batch in self._joined(run.val_batches() for run in self._leads())
+            for batch in self._joined(run.val_batches() for run in self.runs)
         ]
+        values = []
         for m in chosen:
             run = self.runs[m]
-            loss = run.judge(self.at[m], [self._of(m, part) for part in found])
-            run.save(self._pick(m), loss)
+            values.append(run.judge(self.at[m], [self._of(m, part) for part in found]))
+            run.save(self._pick(m), values[-1]["val/loss"])
+        return values
 
     def _settle(self, chosen: Iterable[int]) -> None:
         """Runs at their last step, or out of patience, are finished, and not trained further."""
@@ -187,16 +193,27 @@ class Fleet:
                 self.runs[m].finish(self.at[m])
                 self.left.discard(m)
 
-    def _leads(self) -> list[Run]:
-        """One run of each group, for its rows."""
-        return self.runs[:: self.shape[1]]
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Around what is no training step."""
+        with contextlib.ExitStack() as stack:
+            for run in self.runs:
+                stack.enter_context(run.log.aside())
+            yield
 
     def _batch(self, i: int) -> Batch:
-        return next(self._joined([run.batch(i)] for run in self._leads()))
+        return next(self._joined([run.batch(i)] for run in self.runs))
 
-    def _joined(self, of_groups: Iterable[Iterable[Batch]]) -> Iterable[Batch]:
-        for batches in zip(*of_groups, strict=True):
-            yield jax.device_put(jax.tree.map(lambda *a: np.stack(a), *batches))
+    def _joined(self, of_runs: Iterable[Iterable[Batch]]) -> Iterator[Batch]:
+        """[G, …], the rows of each group's first arm; [G, A, …] where arms have their own."""
+
+        def join(path: tuple[Any, ...], *leaves: np.ndarray) -> np.ndarray:
+            if _is_own(path):
+                return np.stack(leaves).reshape(*self.shape, *leaves[0].shape)
+            return np.stack(leaves[:: self.shape[1]])
+
+        for batches in zip(*of_runs, strict=True):
+            yield jax.device_put(jax.tree_util.tree_map_with_path(join, *batches))
 
     def _mask(self, active: Sequence[int]) -> jax.Array:
         return jnp.asarray(np.isin(np.arange(len(self.runs)), active).reshape(self.shape))
@@ -222,9 +239,13 @@ def make_step(decoder: Decoder, train: FrozenConfigDict, at_once: bool) -> jax.s
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, task, frozen, batch, measure, active_GxA):
+        # What some run weighs is measured in all: a condition that differs between runs would make
+        # jax copy all that it reads, the frozen weights too, for each of them.
+        due_J = (task.weight_J != 0).any((0, 1))
+
         def one(state, task, active, batch):
             task = dataclasses.replace(task, frozen=frozen)
-            new, metrics = steps.update(decoder, train, None, state, task, batch, measure)
+            new, metrics = steps.update(decoder, train, None, state, task, batch, measure, due_J)
             return jax.tree.map(lambda n, old: jnp.where(active, n, old), new, state), metrics
 
         return _each_run(one, at_once)(state, task, active_GxA, batch)
@@ -251,11 +272,18 @@ def _each_run(one: Callable[..., Any], at_once: bool) -> Callable[..., Any]:
     """`one(…, batch)` of every run; a group's arms share its batch, which comes last."""
 
     def of_group(*args: Any) -> Any:
-        return jax.vmap(one, in_axes=(*(0,) * (len(args) - 1), None))(*args)
+        of_rows = jax.tree_util.tree_map_with_path(
+            lambda path, _: 0 if _is_own(path) else None, args[-1]
+        )
+        return jax.vmap(one, in_axes=(*(0,) * (len(args) - 1), of_rows))(*args)
 
     if at_once:
         return jax.vmap(of_group)
     return lambda *args: jax.lax.map(lambda each: of_group(*each), args)
+
+
+def _is_own(path: tuple[Any, ...]) -> bool:
+    return getattr(path[-1], "name", "") in _OWN
 
 
 def _at_once() -> bool:

@@ -90,6 +90,21 @@ def chip_of(device_kind: str) -> Chip | None:
     return CHIPS.get(next(hits, ""))
 
 
+def peak_of(device_kind: str, given: float = 0.0) -> float | None:
+    """TFLOP/s of one device: `given` where it is not 0, else the chip's; None where not known."""
+    chip = chip_of(device_kind)
+    return given or (chip.tflops if chip else None)
+
+
+def about_peak(device_kind: str, given: float = 0.0) -> str:
+    """One line: what MFU is measured against."""
+    peak, chip = peak_of(device_kind, given), chip_of(device_kind)
+    if peak is None:
+        return f"no MFU: the peak of {device_kind!r} is not known; train.peak_tflops gives it"
+    source = "train.peak_tflops" if given else f"{chip.name}, bfloat16" if chip else ""
+    return f"MFU is of {peak:g} TFLOP/s a device ({source})"
+
+
 def parse(topology: str) -> tuple[str, str]:
     """ "v5e:2x2" -> ("v5e", "2x2").
 

@@ -1,18 +1,20 @@
 """Metrics out: metrics.jsonl, TensorBoard events with the same numbers, one progress line."""
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from typing import Any
 
 from reptune_jax import program
+from reptune_jax.tuning import cosines, heatmap
+from reptune_jax.tuning.events import Events, flat_settings
 
-_SHOWN = ("loss", "token_loss", "cosine_loss", "retain_loss", "cosine/mean", "examples_per_s")
+_SHOWN = ("loss", "token_loss", "cosine_loss", "retain_loss", "cosine/mean")
+_RATES = ("examples_per_s", "mfu")
 
 
 class Log:
@@ -33,16 +35,12 @@ class Log:
         self._steps, self._writes, self._spent = steps, writes, spent
         self._began: float | None = None
         self._last: tuple[int, float] | None = None
+        self._aside = 0.0
         if writes:
             workdir.mkdir(parents=True, exist_ok=True)
             _drop_after(workdir / "metrics.jsonl", -1 if since is None else since)
             self._jsonl = (workdir / "metrics.jsonl").open("a")
-            self._events = EventFileWriter(str(workdir))
-            # TensorBoard drops older events from this step on.
-            start = SessionLog(status=SessionLog.START)
-            self._events.add_event(
-                Event(step=(since or 0) + 1, wall_time=time.time(), session_log=start)
-            )
+            self._events = Events(workdir, since or 0)
 
     def __enter__(self) -> "Log":
         return self
@@ -64,14 +62,38 @@ class Log:
         row = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
         self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
         self._jsonl.flush()
-        values = [Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
-        self._events.add_event(
-            Event(step=step, wall_time=time.time(), summary=Summary(value=values))
-        )
+        self._events.scalars(step, metrics)
+
+    def cosines(self, step: int, found: cosines.Spread, layers: Iterable[int]) -> None:
+        """A histogram of each of these layers, and one picture of all layers along the answer."""
+        if not self._writes:
+            return
+        for l in layers:
+            rows = cosines.buckets(found.count_NxK[l])
+            self._events.histogram(step, f"val/cosines/layer_{l:02d}", rows)
+        png = heatmap.draw(cosines.by_place(found), f"validation, step {step}")
+        self._events.image(step, "val/cosines/map", png)
+
+    def settings(self, run: str, config: Mapping[str, Any], metrics: Iterable[str]) -> None:
+        """The run's row in TensorBoard's HPARAMS tab: its config, and the last of each metric."""
+        if self._writes:
+            self._events.hparams(run, flat_settings(config), metrics)
+
+    def finished(self) -> None:
+        """The run is at its end."""
+        if self._writes:
+            self._events.finished()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is no training step: its time is no part of the rates."""
+        began = time.monotonic()
+        yield
+        self._aside += time.monotonic() - began
 
     def rates(self, step: int, examples: int, tokens: int) -> dict[str, float]:
         """Examples and tokens (padding included) per second since the last call; none at first."""
-        now, last = time.monotonic(), self._last
+        now, last = time.monotonic() - self._aside, self._last
         self._last = (step, now)
         if last is None or step == last[0]:
             return {}
@@ -80,7 +102,7 @@ class Log:
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
         """step 20/40 loss 1.234 … examples_per_s 6.1, 3 min 05 s left."""
-        shown = " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in _SHOWN)
+        shown = " ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in (*_SHOWN, *_RATES))
         if step < self._steps:
             shown += f", {_clock((self._steps - step) * self.spent() / step)} left"
         program.say(f"step {step}/{self._steps} {shown}")

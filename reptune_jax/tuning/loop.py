@@ -5,51 +5,33 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
 from reptune_jax import distributed, program
 from reptune_jax import mesh as meshes
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import adapters, checkpoint, cost, partition
+from reptune_jax.tuning import adapters, ahead, checkpoint, partition, untuned
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.checkpoint import Progress
 from reptune_jax.tuning.log import Log
-from reptune_jax.tuning.losses import CosineLoss
 from reptune_jax.tuning.run import Job, Run, every
-from reptune_jax.vectors.steering_vector import SteeringVector
-
-
-def make_task(c: ConfigDict, vector: SteeringVector, frozen: dict[str, Any]) -> steps.Task:
-    """The armed config as data: directions, cosine loss, weights."""
-    first, stop = c.loss.layers
-    N = len(vector.directions_NxD)
-    if not 0 <= first < stop <= N:
-        raise ValueError(f"loss.layers: got ({first}, {stop}), expected 0 <= first < stop <= {N}.")
-    layer_N = np.zeros(N, np.float32)
-    layer_N[first:stop] = 1
-    into = float(c.loss.mode == "in")
-    cosine = CosineLoss(
-        jnp.float32(c.sign), jnp.float32(into), jnp.float32(1 - into), jnp.asarray(layer_N)
-    )
-    weight_3 = jnp.array([c.loss.token, c.loss.cosine, c.loss.retain], jnp.float32)
-    scale = jnp.float32(adapters.scale(c.train.lora))
-    return steps.Task(frozen, vector.probe(c.loss.center), cosine, weight_3, scale)
+from reptune_jax.tuning.task import make_task, needs_anchors
 
 
 def tune(job: Job, model: Model) -> None:
     """Trains into the job's folder; resumes from its newest checkpoint."""
     decoder = make_decoder(job, model)
-    task, state = start(job, model)
+    job, task, state = start(job, model, decoder)
     with opened(job, decoder, task, state, model.mesh) as (run, state):
         alone = _Alone(run, decoder, state)
         alone.begin()
@@ -67,16 +49,42 @@ def make_decoder(job: Job, model: Model) -> Decoder:
 
 
 def start(
-    job: Job, model: Model, frozen: dict[str, Any] | None = None
-) -> tuple[steps.Task, steps.State]:
-    """(task, state at step 0). `frozen`: as another run with adapters has it, to share one copy."""
+    job: Job, model: Model, decoder: Decoder, frozen: dict[str, Any] | None = None
+) -> tuple[Job, steps.Task, steps.State]:
+    """(the job with all that is computed once for its rows, its task, its state at step 0).
+
+    `frozen`: as another run with adapters has it, to share one copy.
+    """
     c, mesh = job.c, model.mesh
     trained, frozen = adapters.begin(model.arch, model.params, c.train, c.seed, frozen)
-    task = make_task(c, job.vector, frozen)
+    task = make_task(c, job.vector, frozen, job.others)
+    job = precomputed(job, model, decoder, task)
     if mesh is not None:  # what is not laid out yet; the frozen weights are
         small = meshes.replicate(dataclasses.replace(task, frozen={}), mesh)
         task = dataclasses.replace(small, frozen=frozen)
-    return task, steps.init_state(trained, FrozenConfigDict(c.train), mesh)
+    return job, task, steps.init_state(trained, FrozenConfigDict(c.train), mesh)
+
+
+def precomputed(job: Job, model: Model, decoder: Decoder, task: steps.Task) -> Job:
+    """With what the untuned model computes at the job's rows, where steps use it."""
+    c, corpus, B = job.c, job.corpus, job.c.eval.batch
+    if needs_anchors(c):
+        anchor = functools.partial(untuned.add_cosines, model=model, probe=task.probe, batch=B)
+        corpus = corpus._replace(train=anchor(corpus.train), val=anchor(corpus.val))
+    gib = untuned.below_gib(model, c.train.layers[0], corpus[:4])
+    if not 0 < gib <= c.train.cache_gib:
+        return job._replace(corpus=corpus)
+    began = time.monotonic()
+    sides = {
+        name: untuned.add_below(side, model, decoder, task.frozen, task.probe, B)
+        for name, side in zip(corpus._fields[:4], corpus[:4], strict=True)
+        if side is not None
+    }
+    program.say(
+        f"layers below {c.train.layers[0]}: computed once for all rows, {gib:.2f} GiB, "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+    return job._replace(corpus=corpus._replace(**sides))
 
 
 @contextlib.contextmanager
@@ -162,18 +170,16 @@ class _Alone:
         self.evaluate = steps.make_evaluate(decoder)
 
     def begin(self) -> None:
-        """Compiles before step 0, so that a step that does not fit is known in the first minute."""
+        """Measures the untuned model; compiles, so that what does not fit is known at once."""
         run = self.run
         if run.saved.latest() is None:
-            self.validate(0)  # the untuned model: what every later step must beat
-        batch, began = run.put(run.batch(self.at)), time.monotonic()
+            found = self._validate()  # what every later step must beat
+            run.log.settings(run.saved.workdir.name, run.c.to_dict(), found)
+        batch, arch = run.put(run.batch(self.at)), self.decoder.arch
+        run.count_flops(arch, self.state.trained, batch)
         step = steps.make_step(self.decoder, run.train, run.mesh)
-        self.compiled = step.lower(self.state, run.task, batch, self._put(True)).compile()
-        seconds = time.monotonic() - began
-        arch, trained = self.decoder.arch, self.state.trained
-        run.flops = cost.batch_flops(arch, tuple(run.train.layers), trained, batch)["total"]
-        program.say(f"{cost.describe(arch, run.train, trained, batch)}")
-        program.say(f"compiled in {seconds:.1f} s; {cost.memory(self.compiled)}")
+        args = self.state, run.task, batch, self._put(True)
+        self.compiled = ahead.compile_step(step, args, arch, run.train, run.mesh)
         run.log.begin()
 
     def going(self) -> bool:
@@ -191,15 +197,12 @@ class _Alone:
             self.run.log.progress(at, values)
 
     def validate(self, at: int) -> None:
-        run = self.run
-        found = [
-            meshes.fetch(self.evaluate(self.state.trained, run.task, run.put(batch)))
-            for batch in run.val_batches()
-        ]
-        run.save(self.state, run.judge(at, found))
+        with self.run.log.aside():
+            self._validate()
 
     def save(self, at: int) -> None:
-        self.run.save(self.state)
+        with self.run.log.aside():
+            self.run.save(self.state)
 
     def save_due(self, at: int, logged: bool) -> bool:
         return self.run.save_due(at, logged)
@@ -212,3 +215,13 @@ class _Alone:
 
     def _put(self, flag: bool) -> jax.Array:
         return meshes.replicate(np.asarray(flag), self.run.mesh)
+
+    def _validate(self) -> dict[str, float]:
+        run = self.run
+        found = [
+            meshes.fetch(self.evaluate(self.state.trained, run.task, run.put(batch)))
+            for batch in run.val_batches()
+        ]
+        values = run.judge(self.at, found)
+        run.save(self.state, values["val/loss"])
+        return values

@@ -1,7 +1,9 @@
-"""The losses. Each returns (unreduced sum, count), so that accumulating them is exact.
+"""The losses. Each returns its unreduced sum and its count by row, so that accumulating is exact.
 
 Token loss: cross-entropy at label positions. Cosine loss: paper section 3, tune in (1 - s cos)/2,
-tune out |cos|. Retention: KL(base || tuned) on text that has nothing to do with the behavior.
+tune out |cos|; beyond the paper, held at (or shifted from) the base model's cosine. Retention, on
+text that has nothing to do with the behavior: KL(base || tuned), the distance of residuals from the
+base's, cross-entropy on the base's own answers.
 """
 
 from collections.abc import Callable
@@ -11,22 +13,35 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+_EPS = 1e-6
+
 
 class Sum(NamedTuple):
-    """An unreduced loss: its sum and how much was summed."""
+    """Unreduced losses: their sums and how much was summed; both [B] as the functions return it."""
 
     total: jax.Array
     n: jax.Array
 
+    def over_rows(self) -> "Sum":
+        """All rows together, scalars."""
+        return Sum(jnp.sum(self.total), jnp.sum(self.n))
+
+    def by_behavior(self, of_B: jax.Array, K: int) -> "Sum":
+        """[K]: the rows of each behavior together."""
+        of_KxB = jnp.arange(K)[:, None] == of_B
+        return Sum(of_KxB @ self.total, of_KxB @ self.n)
+
 
 @flax.struct.dataclass
 class CosineLoss:
-    """Which cosine loss, as data: every arm and sign is the same compiled program."""
+    """Which cosine loss each behavior has, as data: all arms and signs are one compiled program."""
 
-    sign: jax.Array  # s: +1 toward the vector, -1 away from it
-    into: jax.Array  # weight of (1 - s cos)/2
-    out: jax.Array  # weight of |cos|
-    layer_N: jax.Array  # 1 at layers that count
+    sign_K: jax.Array  # s: +1 toward the vector, -1 away from it
+    into_K: jax.Array  # weight of (1 - s cos)/2
+    out_K: jax.Array  # weight of |cos|
+    hold_K: jax.Array  # weight of (cos - (base cos + s shift))^2
+    shift_K: jax.Array
+    layer_KxN: jax.Array  # 1 at layers that count
 
 
 def take(hidden_BxTxD: jax.Array, at_BxL: jax.Array) -> jax.Array:
@@ -43,14 +58,31 @@ def token_loss(
     """Cross-entropy, soft over C candidate tokens (1: ordinary; 2 at .5 each: label-neutral)."""
     logp_BxLxV = jax.nn.log_softmax(logits(hidden_BxLxD), axis=-1)
     logp_BxLxC = jnp.take_along_axis(logp_BxLxV, target_BxLxC, axis=-1)
-    return Sum(-jnp.sum(logp_BxLxC * weight_BxLxC), jnp.sum(weight_BxLxC))
+    return Sum(-jnp.sum(logp_BxLxC * weight_BxLxC, (1, 2)), jnp.sum(weight_BxLxC, (1, 2)))
 
 
-def cosine_loss(cosine_NxBxT: jax.Array, weight_BxT: jax.Array, spec: CosineLoss) -> Sum:
-    """Mean over layers, then over the chosen tokens (paper section 3; its code: one token each)."""
-    each = spec.into * (1 - spec.sign * cosine_NxBxT) / 2 + spec.out * jnp.abs(cosine_NxBxT)
-    each_BxT = jnp.einsum("n,nbt->bt", spec.layer_N / jnp.sum(spec.layer_N), each)
-    return Sum(jnp.sum(each_BxT * weight_BxT), jnp.sum(weight_BxT))
+def cosine_loss(
+    cosine_NxBxT: jax.Array,
+    weight_BxT: jax.Array,
+    spec: CosineLoss,
+    of_B: jax.Array,
+    base_BxNxT: jax.Array | None = None,
+) -> Sum:
+    """Mean over layers, then over the chosen tokens (paper section 3; its code: one token each).
+
+    `of_B` says which behavior's loss a row has; `base_BxNxT`, the base's cosines, is for `hold_K`.
+    """
+    sign, into, out, hold, shift = (
+        a[of_B][:, None]  # [B, 1]
+        for a in (spec.sign_K, spec.into_K, spec.out_K, spec.hold_K, spec.shift_K)
+    )
+    each_NxBxT = into * (1 - sign * cosine_NxBxT) / 2 + out * jnp.abs(cosine_NxBxT)
+    if base_BxNxT is not None:
+        goal_NxBxT = jnp.swapaxes(base_BxNxT, 0, 1) + sign * shift
+        each_NxBxT += hold * (cosine_NxBxT - goal_NxBxT) ** 2
+    share_KxN = spec.layer_KxN / jnp.sum(spec.layer_KxN, -1, keepdims=True)
+    each_BxT = jnp.einsum("bn,nbt->bt", share_KxN[of_B], each_NxBxT)
+    return Sum(jnp.sum(each_BxT * weight_BxT, 1), jnp.sum(weight_BxT, 1))
 
 
 def retention_loss(
@@ -63,4 +95,16 @@ def retention_loss(
     base = jax.lax.stop_gradient(jax.nn.log_softmax(logits(base_hidden_RxLxD), axis=-1))
     tuned = jax.nn.log_softmax(logits(hidden_RxLxD), axis=-1)
     kl_RxL = jnp.sum(jnp.exp(base) * (base - tuned), axis=-1)
-    return Sum(jnp.sum(kl_RxL * weight_RxL), jnp.sum(weight_RxL))
+    return Sum(jnp.sum(kl_RxL * weight_RxL, 1), jnp.sum(weight_RxL, 1))
+
+
+def residual_loss(read_MxRxLxD: jax.Array, base_RxMxLxD: jax.Array, weight_RxL: jax.Array) -> Sum:
+    """|h - h_base|^2 / |h_base|^2 at the chosen tokens, mean over the M layers.
+
+    Relative, because a residual of a late layer is tens of times as long as one of an early layer.
+    (Circuit breakers, arXiv 2406.04313, hold |h - h_base|.)
+    """
+    base = jnp.swapaxes(base_RxMxLxD, 0, 1).astype(jnp.float32)
+    apart_MxRxL = jnp.sum((read_MxRxLxD - base) ** 2, -1)
+    each_RxL = jnp.mean(apart_MxRxL / (jnp.sum(base**2, -1) + _EPS), 0)
+    return Sum(jnp.sum(each_RxL * weight_RxL, 1), jnp.sum(weight_RxL, 1))

@@ -59,7 +59,7 @@ def merge(trained: Flat, frozen: Mapping[str, Any], dtype: Any) -> dict[str, Any
 
     Adapters are no weights of that tree: `lora.variables` makes them a collection beside it.
     """
-    flat = traverse_util.flatten_dict(frozen["tuned"], sep="/")
+    flat = traverse_util.flatten_dict(frozen.get("tuned", {}), sep="/")  # {}: all are trained
     flat |= {path: leaf.astype(dtype) for path, leaf in trained.items() if not lora.is_leaf(path)}
     return {**frozen, "tuned": traverse_util.unflatten_dict(flat, sep="/")}
 

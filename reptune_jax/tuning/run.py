@@ -14,21 +14,30 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from reptune_jax import distributed
 from reptune_jax import mesh as meshes
-from reptune_jax.data.batches import Batch, Keep, Rows, choose_rows
-from reptune_jax.tuning import checkpoint, hardware
+from reptune_jax.data.batches import Batch, Keep, Rows, choose_of_each, choose_rows
+from reptune_jax.model.arch import Arch
+from reptune_jax.tuning import checkpoint, cost, hardware
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.checkpoint import Progress
 from reptune_jax.tuning.log import Log
+from reptune_jax.tuning.partition import Flat
+from reptune_jax.tuning.task import Vectors
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
 class Corpus(NamedTuple):
-    """All rows of a run: training, validation, retention for each."""
+    """All rows of a run: training, validation, retention for each.
+
+    Training rows of the run's behaviors lie one after another, `sizes` of each; a step takes
+    `batches` of each.
+    """
 
     train: Rows
     val: Rows
     keep: Keep | None
     keep_val: Keep | None
+    sizes: tuple[int, ...]
+    batches: tuple[int, ...]
 
     def digest(self) -> str:
         """Identifies what is trained on: hosts with other data must not train together."""
@@ -46,6 +55,7 @@ class Job(NamedTuple):
     vector: SteeringVector
     corpus: Corpus
     meta: dict[str, Any]
+    others: Vectors | None = None  # of its further behaviors
 
 
 class Run:
@@ -65,7 +75,8 @@ class Run:
         self.train, self.task, self.log, self.saved, self.mesh = train, task, log, saved, mesh
         self.best, self.waited = done.best, done.waited
         self.saved_at, self.tracing = time.monotonic(), False
-        self.flops, self.chip = 0.0, hardware.chip_of(jax.devices()[0].device_kind)
+        self.flops = 0.0  # of a step
+        self.peak = hardware.peak_of(jax.devices()[0].device_kind, train.peak_tflops)
 
     @property
     def enough(self) -> bool:
@@ -75,7 +86,12 @@ class Run:
     def finish(self, at: int) -> None:
         """A run is finished when its last checkpoint is on disk."""
         self.saved.wait()
+        self.log.finished()
         checkpoint.mark_finished(self.saved.workdir, {"steps": at, "best": self.best})
+
+    def count_flops(self, arch: Arch, trained: Flat, batch: Batch) -> None:
+        """For the MFU."""
+        self.flops = cost.batch_flops(arch, tuple(self.train.layers), trained, batch)["total"]
 
     def save_due(self, at: int, logged: bool) -> bool:
         """Whether to save between evaluations."""
@@ -92,7 +108,7 @@ class Run:
 
     def batch(self, step: int) -> Batch:
         """A step's rows."""
-        rows = choose_rows(len(self.corpus.train.tokens_BxT), self.train.batch, self.c.seed, step)
+        rows = choose_of_each(self.corpus.sizes, self.corpus.batches, self.c.seed, step)
         behavior = jax.tree.map(lambda a: a[rows], self.corpus.train)
         keep = None
         if self.corpus.keep is not None:
@@ -102,20 +118,28 @@ class Run:
             keep = jax.tree.map(lambda a: a[kept], self.corpus.keep)
         return Batch(behavior, keep)
 
-    def judge(self, at: int, found: list[Any]) -> float:
-        """The validation loss of what `evaluate` gave for each of `val_batches`; logs it."""
-        total_3, count_3, cosine_N = (np.sum(part, axis=0) for part in zip(*found, strict=True))
-        mean_3 = total_3 / np.maximum(count_3, 1e-6)
-        loss = float(np.sum(meshes.fetch(self.task.weight_3) * mean_3))
-        values = {f"val/{k}_loss": float(v) for k, v in zip(steps.LOSSES, mean_3, strict=True)}
-        cosine = cosine_N[slice(*self.c.loss.layers)].mean() / max(count_3[1], 1)
-        values |= {"val/loss": loss, "val/cosine": float(cosine)}
+    def judge(self, at: int, found: list[Any]) -> dict[str, float]:
+        """The numbers of what `evaluate` gave for each of `val_batches`; logs them."""
+        whole, cosine_KxN, spread = jax.tree.map(
+            lambda *each: np.sum(each, axis=0, dtype=np.float64), *found
+        )
+        mean_J = whole.total / np.maximum(whole.n, 1e-6)
+        # By the weights that are not annealed: else the checkpoints of a run would not compare.
+        loss = float(np.sum(meshes.fetch(self.task.weight_J) * mean_J))
+        values = {f"val/{k}_loss": v for k, v in self._by_loss(mean_J).items()}
+        cosine = cosine_KxN[0, slice(*self.c.loss.layers)].mean() / max(whole.n[1], 1)
+        was = math.inf if self.best is None else self.best
+        improved, best = loss < was, min(loss, was)
+        values |= {"val/loss": loss, "val/best": best, "val/cosine": float(cosine)}
         self.log.write(at, values)
         self._check_finite("validation", at, values)
-        improved = self.best is None or loss < self.best
-        self.waited = 0 if improved else self.waited + 1
-        self.best = loss if improved else self.best
-        return loss
+        self.log.cosines(at, spread, self._shown())
+        self.waited, self.best = 0 if improved else self.waited + 1, best
+        return values
+
+    def _shown(self) -> list[int]:
+        """Layers that are trained or whose cosine counts: those with a histogram."""
+        return sorted({*range(*self.train.layers), *range(*self.c.loss.layers)})
 
     def save(self, state: steps.State, val_loss: float | None = None) -> None:
         """A checkpoint."""
@@ -125,7 +149,7 @@ class Run:
 
     def val_batches(self) -> Iterator[Batch]:
         """Whole batches; rows beyond the last whole one are padded with weightless copies."""
-        val, B, R = self.corpus.val, self.train.batch, self.train.retain_batch
+        val, B, R = self.corpus.val, sum(self.corpus.batches), self.train.retain_batch
         n, keep = len(val.tokens_BxT), self.corpus.keep_val
         for start in range(0, n, B):
             rows = np.arange(start, start + B)
@@ -145,18 +169,41 @@ class Run:
         self, step: int, metrics: dict[str, np.ndarray], measured: bool, log: bool
     ) -> dict[str, float]:
         """Checks every step, logs those that are due; the numbers by name."""
-        values = _flatten(metrics, self.c.loss.layers, measured)
+        values = self._flatten(metrics, measured)
         if log:
             keep, T = self.corpus.keep, self.corpus.train.tokens_BxT.shape[1]
-            rows = self.train.batch + (self.train.retain_batch if keep is not None else 0)
-            rates = self.log.rates(step, examples=self.train.batch, tokens=rows * T)
-            if rates and self.chip:  # model FLOPs: what remat computes again does not count
-                peak = self.chip.tflops * 1e12 * jax.device_count()
-                rates["mfu"] = self.flops * rates["examples_per_s"] / self.train.batch / peak
+            examples = sum(self.corpus.batches)
+            rows = examples + (self.train.retain_batch if keep is not None else 0)
+            rates = self.log.rates(step, examples=examples, tokens=rows * T)
+            if rates and self.peak:  # model FLOPs: what remat computes again does not count
+                per_s = self.flops * rates["examples_per_s"] / examples
+                rates["mfu"] = per_s / (self.peak * 1e12 * jax.device_count())
             values |= rates
             self.log.write(step, values)
         self._check_finite("training", step, values)
         return values
+
+    def _by_loss(self, value_J: np.ndarray) -> dict[str, float]:
+        """By name: the first three, so that arms compare, and what else has a weight."""
+        names = steps.loss_names(self.c.loss.also)
+        shown = names[:3] + tuple(
+            name for name, w in zip(names[3:], self.task.weight_J[3:], strict=True) if w
+        )
+        return {name: float(v) for name, v in zip(names, value_J, strict=True) if name in shown}
+
+    def _flatten(self, metrics: dict[str, np.ndarray], measured: bool) -> dict[str, float]:
+        """Scalars under the names that TensorBoard and metrics.jsonl share."""
+        cosine_KxN = metrics["cosine_KxN"]
+        out = {k: float(metrics[k]) for k in ("loss", "grad_norm", "lr")}
+        out |= {f"{k}_loss": v for k, v in self._by_loss(metrics["mean_J"]).items()}
+        out["cosine/mean"] = float(cosine_KxN[0, slice(*self.c.loss.layers)].mean())
+        out |= {f"cosine/layer_{n:02d}": float(v) for n, v in enumerate(cosine_KxN[0])}
+        for (name, one), cosine_N in zip(self.c.loss.also.items(), cosine_KxN[1:], strict=True):
+            out[f"{name}/cosine"] = float(cosine_N[slice(*one.layers)].mean())
+        if measured:
+            out |= {f"grad_norm/{k}": v for k, v in self._by_loss(metrics["norm_J"]).items()}
+            out["grad_norm/conflict"] = float(metrics["conflict"])
+        return out
 
     def _check_finite(self, phase: str, step: int, values: dict[str, float]) -> None:
         bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
@@ -182,19 +229,3 @@ class Run:
 def every(i: int, n: int) -> bool:
     """Whether i is a multiple of n; 0 is never."""
     return n > 0 and i % n == 0
-
-
-def _flatten(
-    metrics: dict[str, np.ndarray], layers: tuple[int, int], measured: bool
-) -> dict[str, float]:
-    """Scalars under the names that TensorBoard and metrics.jsonl share."""
-    cosine_N = metrics["cosine_N"]
-    out = {k: float(metrics[k]) for k in ("loss", "grad_norm", "lr")}
-    out |= {f"{k}_loss": float(v) for k, v in zip(steps.LOSSES, metrics["mean_3"], strict=True)}
-    out["cosine/mean"] = float(cosine_N[slice(*layers)].mean())
-    out |= {f"cosine/layer_{n:02d}": float(v) for n, v in enumerate(cosine_N)}
-    if measured:
-        norms = zip(steps.LOSSES, metrics["norm_3"], strict=True)
-        out |= {f"grad_norm/{k}": float(v) for k, v in norms}
-        out["grad_norm/conflict"] = float(metrics["conflict"])
-    return out

@@ -1,0 +1,158 @@
+"""Claims and pressure scenarios: discrimination, bias and coverage of every arm."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from reptune_jax.evals import stats
+from reptune_jax.evals.stats import Interval
+from reptune_jax.report import captions
+from reptune_jax.report import study as studies
+from reptune_jax.report.study import BASE, Measure, Study
+from reptune_jax.report.tables import Table, interval, markdown
+
+
+def claims_frame(study: Study, split: str = "test") -> Any:
+    """Discrimination and bias per arm: AUROC, accuracy balanced over orders, d', c, coverage."""
+    measure = Measure("logodds", "claim")
+    base = truth_coded(study.measured(BASE, measure, split))
+    rows = []
+    for condition in study.picks(split):
+        own = truth_coded(study.measured(condition, measure, split))
+        if own.empty:
+            continue
+        paired = studies.pair(own.assign(value=own.margin), base.assign(value=base.margin))
+        dprime, c = stats.bootstrap_dprime(own.says_true, own.label, own.cluster, own.seed)
+        rows.append(
+            {
+                "condition": condition,
+                "auroc": stats.bootstrap_auroc(own.margin, own.label, own.cluster, own.seed),
+                "gain": _auroc_gain(paired) if condition != BASE else None,
+                "accuracy": studies.interval(own, "right", "order_weight"),
+                "dprime": dprime,
+                "c": c,
+                "coverage": studies.interval(own, "mass"),
+                "n": own.item_id.nunique(),
+            }
+        )
+    columns = ["condition", "auroc", "gain", "accuracy", "dprime", "c", "coverage", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _auroc_gain(paired: pd.DataFrame) -> Interval:
+    return stats.bootstrap_auroc(
+        paired.value, paired.label, paired.cluster, paired.seed, other=paired.value_b
+    )
+
+
+def truth_coded(rows: pd.DataFrame) -> pd.DataFrame:
+    """Labelled claims with margin = log p(true) - log p(false); value is right minus wrong."""
+    rows = rows[rows.label.isin([0.0, 1.0])].copy()
+    rows["margin"] = rows.value * (2 * rows.label - 1)
+    rows["says_true"] = np.where(rows.margin.isna(), np.nan, rows.margin > 0)
+    rows["right"] = np.where(rows.value.isna(), np.nan, rows.value > 0)
+    rows["order_weight"] = 1 / rows.groupby("order").order.transform("size")
+    return rows
+
+
+def scenarios_frame(study: Study, split: str = "test") -> Any:
+    """Pressure scenarios per arm: P(lie), share honest in both orders, position bias, coverage."""
+    rows = []
+    for condition in study.picks(split):
+        own = study.measured(condition, Measure("logodds", "ab"), split)
+        if own.empty:
+            continue
+        own = own.assign(
+            lie=1 / (1 + np.exp(own.value.clip(-500, 500))),
+            honest=np.where(own.value.isna(), np.nan, own.value > 0),
+            first=own.value * np.where(own.order == "ba", -1.0, 1.0),
+        )
+        keys = ["item_id", "template", "seed", "cluster"]
+        both = own[own.order.isin(["ab", "ba"])].groupby(keys, as_index=False).agg(
+            honest=("honest", "min"), first=("first", "mean"), orders=("order", "nunique")
+        )  # fmt: skip
+        both = both[both.orders == 2]
+        rows.append(
+            {
+                "condition": condition,
+                "lie": studies.interval(own, "lie"),
+                "consistent": studies.interval(both, "honest"),
+                "position": studies.interval(both, "first"),
+                "coverage": studies.interval(own, "mass"),
+                "n": own.item_id.nunique(),
+            }
+        )
+    return pd.DataFrame(
+        rows, columns=["condition", "lie", "consistent", "position", "coverage", "n"]
+    )
+
+
+def claims_apart_frame(study: Study, split: str = "test") -> Any:
+    """AUROC per arm, form of the question and polarity of the claim: [condition, form, auroc, n].
+
+    A negation or another form is another task with another scale; pooled, a strength in one of
+    them hides at chance in the others.
+    """
+    rows = []
+    for condition in study.picks(split):
+        own = truth_coded(study.measured(condition, Measure("logodds", "claim"), split))
+        own["form"] = own.template + np.where(own.item_id.isin(study.negated), ", negated", "")
+        for form, found in own.groupby("form", sort=False):
+            auroc = stats.bootstrap_auroc(found.margin, found.label, found.cluster, found.seed)
+            rows.append((condition, form, auroc, found.item_id.nunique()))
+    return pd.DataFrame(rows, columns=["condition", "form", "auroc", "n"])
+
+
+def claims_table(study: Study) -> Table:
+    """Claims as text."""
+    rows = [
+        [r.condition.name]
+        + [interval(r.auroc, signed=False), interval(r.gain), interval(r.accuracy, signed=False)]
+        + [interval(r.dprime), interval(r.c), interval(r.coverage, signed=False)]
+        + [str(r.n)]
+        for r in claims_frame(study).itertuples()
+    ]
+    header = [
+        "Arm",
+        "AUROC",
+        "Δ AUROC vs base",
+        "Accuracy",
+        "d′",
+        "Criterion c",
+        "Coverage",
+        "Items",
+    ]
+    return Table("Claims", captions.CLAIMS, header, rows, "No labelled claims.")
+
+
+def scenarios_table(study: Study) -> Table:
+    """Pressure scenarios as text."""
+    rows = [
+        [r.condition.name]
+        + [interval(r.lie, signed=False), interval(r.consistent, signed=False)]
+        + [interval(r.position), interval(r.coverage, signed=False), str(r.n)]
+        for r in scenarios_frame(study).itertuples()
+    ]
+    header = ["Arm", "P(lie)", "Honest in both orders", "Position bias (nats)", "Coverage", "Items"]
+    return Table("Scenarios under pressure", captions.SCENARIOS, header, rows, "No scenarios.")
+
+
+def claims_apart_table(study: Study) -> Table:
+    """AUROC of each form of question and claim as text."""
+    frame = claims_apart_frame(study)
+    forms = list(dict.fromkeys(frame.form))
+    rows = [
+        [condition.name, *(interval(found.get(form), signed=False) for form in forms)]
+        for condition, found in (
+            (c, dict(zip(f.form, f.auroc, strict=True)))
+            for c, f in frame.groupby("condition", sort=False)
+        )
+    ]
+    return Table("Claims by form", captions.CLAIMS_APART, ["Arm", *forms], rows, "No claims.")
+
+
+def verdicts_markdown(study: Study) -> str:
+    """Claims and scenarios, where there are any."""
+    tables = (claims_table(study), claims_apart_table(study), scenarios_table(study))
+    return "\n".join(markdown(table) for table in tables if table.rows)
