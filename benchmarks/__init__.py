@@ -1,1 +1,1 @@
-"""Speed comparisons, run from the repository root: `python -m benchmarks.side_by_side`."""
+"""Speed, measured from the repository root: `python -m benchmarks.side_by_side`, `.throughput`."""

@@ -58,8 +58,8 @@ _PASSING: tuple[str, ...] = (
     "train.save_every",
     "train.save_minutes",
     "train.profile",
+    "train.peak_tflops",
 )
-_PASSING += ("train.peak_tflops",)
 _POSITIONS = ("response", "last", "before_answer", "all")
 
 

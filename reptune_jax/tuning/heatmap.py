@@ -18,6 +18,7 @@ def draw(cosine_NxP: np.ndarray, title: str) -> bytes:
         cosine_NxP, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower"
     )
     ax.set(xlabel="chosen token of the row, from 0", ylabel="layer (block output)", title=title)
+    ax.locator_params(integer=True)
     figure.colorbar(image, label="mean cosine")
     out = io.BytesIO()
     figure.savefig(out, format="png")

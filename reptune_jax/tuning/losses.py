@@ -6,7 +6,6 @@ text that has nothing to do with the behavior: KL(base || tuned), the distance o
 base's, cross-entropy on the base's own answers.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
@@ -49,14 +48,9 @@ def take(hidden_BxTxD: jax.Array, at_BxL: jax.Array) -> jax.Array:
     return jnp.take_along_axis(hidden_BxTxD, at_BxL[..., None], axis=1)
 
 
-def token_loss(
-    logits: Callable[[jax.Array], jax.Array],
-    hidden_BxLxD: jax.Array,
-    target_BxLxC: jax.Array,
-    weight_BxLxC: jax.Array,
-) -> Sum:
+def token_loss(logits_BxLxV: jax.Array, target_BxLxC: jax.Array, weight_BxLxC: jax.Array) -> Sum:
     """Cross-entropy, soft over C candidate tokens (1: ordinary; 2 at .5 each: label-neutral)."""
-    logp_BxLxV = jax.nn.log_softmax(logits(hidden_BxLxD), axis=-1)
+    logp_BxLxV = jax.nn.log_softmax(logits_BxLxV, axis=-1)
     logp_BxLxC = jnp.take_along_axis(logp_BxLxV, target_BxLxC, axis=-1)
     return Sum(-jnp.sum(logp_BxLxC * weight_BxLxC, (1, 2)), jnp.sum(weight_BxLxC, (1, 2)))
 
@@ -86,14 +80,11 @@ def cosine_loss(
 
 
 def retention_loss(
-    logits: Callable[[jax.Array], jax.Array],
-    hidden_RxLxD: jax.Array,
-    base_hidden_RxLxD: jax.Array,
-    weight_RxL: jax.Array,
+    logits_RxLxV: jax.Array, base_logits_RxLxV: jax.Array, weight_RxL: jax.Array
 ) -> Sum:
-    """KL(base || tuned) in nats at the chosen tokens; the base comes as its final hidden states."""
-    base = jax.lax.stop_gradient(jax.nn.log_softmax(logits(base_hidden_RxLxD), axis=-1))
-    tuned = jax.nn.log_softmax(logits(hidden_RxLxD), axis=-1)
+    """KL(base || tuned) in nats at the chosen tokens."""
+    base = jax.lax.stop_gradient(jax.nn.log_softmax(base_logits_RxLxV, axis=-1))
+    tuned = jax.nn.log_softmax(logits_RxLxV, axis=-1)
     kl_RxL = jnp.sum(jnp.exp(base) * (base - tuned), axis=-1)
     return Sum(jnp.sum(kl_RxL * weight_RxL, 1), jnp.sum(weight_RxL, 1))
 

@@ -106,8 +106,8 @@ def sums(decoder: Decoder, trained: Flat, task: Task, batch: Batch) -> tuple[los
         cosine_NxBxT = jnp.concatenate([below_MxBxT, cosine_NxBxT])
 
     logits, K = functools.partial(unembed, decoder, params), task.probe.direction_NxD.shape[1]
-    at_label = losses.take(hidden[:B], b.at_BxL)
-    token = losses.token_loss(logits, at_label, b.target_BxLxC, b.weight_BxLxC)
+    at_label = logits(losses.take(hidden[:B], b.at_BxL))
+    token = losses.token_loss(at_label, b.target_BxLxC, b.weight_BxLxC)
     cosine = losses.cosine_loss(cosine_NxBxT, b.cosine_BxT, task.cosine, b.of_B, b.base_BxNxT)
     kept = [losses.Sum(jnp.zeros(1), jnp.zeros(1))] * 3
     if keep is not None:
@@ -154,12 +154,13 @@ def _retention(
     logits: Callable[[jax.Array], jax.Array], hidden: jax.Array, read: jax.Array | None, keep: Keep
 ) -> list[losses.Sum]:
     """KL, residuals and own answers, by row."""
-    at_keep = losses.take(hidden, keep.at_BxL)
-    kl = losses.retention_loss(logits, at_keep, keep.hidden_BxLxD, keep.weight_BxL)
+    at_keep = logits(losses.take(hidden, keep.at_BxL))
+    # The base's distribution is rebuilt from its final hidden states, which are smaller.
+    kl = losses.retention_loss(at_keep, logits(keep.hidden_BxLxD), keep.weight_BxL)
     l2 = losses.Sum(jnp.zeros(1), jnp.zeros(1))
     if read is not None and keep.residual_BxMxLxD is not None:
         l2 = losses.residual_loss(read, keep.residual_BxMxLxD, keep.weight_BxL)
-    own = losses.token_loss(logits, at_keep, keep.next_BxL[..., None], keep.own_BxL[..., None])
+    own = losses.token_loss(at_keep, keep.next_BxL[..., None], keep.own_BxL[..., None])
     return [kl, l2, own]
 
 
