@@ -5,7 +5,7 @@
 Without --model, a tiny random one. Both sides are what `study` does, with `study.together` and
 without: logs, validation and checkpoints included; texts are random tokens, so no answers have to
 be written first. The first call of each side compiles; later ones find the programs in the cache
-that programs keep. A ratio above 1 means that together is faster.
+that programs keep, each side in its own. A ratio above 1 means that together is faster.
 """
 
 import argparse
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from benchmarks.timing import Call, alternate
 from reptune_jax import config as configs
 from reptune_jax import lm
 from reptune_jax.data import batches, tuning
-from reptune_jax.tuning import adapters, checkpoint, fleet, loop, retention
+from reptune_jax.tuning import adapters, checkpoint, fleet, loop, retention, untuned
 from reptune_jax.tuning.run import Corpus, Job
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests import tiny
@@ -89,6 +90,11 @@ def both_ways(model: lm.Model, jobs: list[Job]) -> tuple[Call, Call, dict[str, l
     last: dict[str, list[Job]] = {}
 
     def placed(side: str) -> list[Job]:
+        # As in a process of its own, which finds the programs that earlier ones have compiled.
+        jax.clear_caches()
+        untuned._below.clear()
+        jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/xla {side}")
+        compilation_cache.reset_cache()
         folder = Path(tempfile.mkdtemp())
         last[side] = [job._replace(folder=folder / job.folder) for job in jobs]
         return last[side]
@@ -125,8 +131,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        # As programs do, but a cache that is empty at first.
-        jax.config.update("jax_compilation_cache_dir", str(Path(scratch, "xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         tempfile.tempdir = scratch
         model = lm.load(args.model or str(tiny.make_llama(Path(scratch, "llama"))), args.dtype)
