@@ -120,6 +120,18 @@ def apart(a: list[Job], b: list[Job]) -> float:
     return found
 
 
+def trained(jobs: list[Job], together: bool) -> float:
+    """Seconds from the first step to the last checkpoint, validation and saves included."""
+
+    def of(job: Job) -> float:
+        newest = max((job.folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
+        return checkpoint.Progress(*checkpoint.read_meta(newest)["progress"]).seconds
+
+    if not together:
+        return sum(of(job) for job in jobs)
+    return sum(max(of(j) for group in groups for j in group) for groups in fleet.arrange(jobs))
+
+
 def main() -> None:
     """Prints both times, with and without compilation, and how far the weights are apart."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -139,15 +151,19 @@ def main() -> None:
         together, in_turn, last = both_ways(model, jobs)
         timing = alternate(together, in_turn, args.runs)
         far = apart(last["together"], last["in turn"])
-    a, b = statistics.median(timing.times_a), statistics.median(timing.times_b)
+        spent = [trained(last[side], side == "together") for side in ("together", "in turn")]
+    rows = {
+        "with compilation": (timing.first_a, timing.first_b),
+        "programs from the cache": tuple(map(statistics.median, (timing.times_a, timing.times_b))),
+        "steps, validation, saves alone": spent,
+    }
     print(
         f"\n{model.name}, {args.dtype}, {jax.devices()[0].device_kind}: {len(jobs)} runs of "
-        f"{args.steps} steps; adapters at most {far:.1e} apart\n"
-        f"with compilation: together {timing.first_a:.1f} s, in turn {timing.first_b:.1f} s, "
-        f"ratio {timing.first_b / timing.first_a:.2f}\n"
-        f"without: together {a:.2f} s, in turn {b:.2f} s, ratio {timing.ratio:.2f}; "
-        f"all {timing.times_a} {timing.times_b}"
+        f"{args.steps} steps; adapters at most {far:.1e} apart\n\n"
+        "| | together s | in turn s | in turn / together |\n|---|---|---|---|"
     )
+    for name, (a, b) in rows.items():
+        print(f"| {name} | {a:.1f} | {b:.1f} | **{b / a:.2f}** |")
 
 
 if __name__ == "__main__":

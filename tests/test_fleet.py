@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reptune_jax import lm, study, train
+from reptune_jax import distributed, lm, program, study, train
 from reptune_jax.tuning import checkpoint, cost, fleet
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.run import Run
@@ -143,6 +143,21 @@ def test_a_stopped_fleet_resumes_to_the_same_bits(step, model, behavior, monkeyp
     assert not list((tmp_path / "cut").glob("*/done.json"))
     train.together(study.runs(c), tmp_path / "cut", model)
     assert_same_bits(tmp_path / "cut", tmp_path / "whole", 3)
+
+
+def test_at_a_sigterm_every_run_is_saved(model, behavior, monkeypatch, tmp_path):
+    c = settings(model, behavior)
+    c.study.signs, c.study.arms = (1,), ("dual", "random")
+    train.together(study.runs(c), tmp_path / "whole", model)
+    asked = iter([False] * 4 + [True])  # before either run, then after steps 1, 2 and 3
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "stop_asked", lambda: next(asked))
+        with pytest.raises(program.Stopped, match="step 3 of 6 is saved"):
+            train.together(study.runs(c), tmp_path / "cut", model)
+    for folder in (tmp_path / "cut").glob("*/checkpoints"):
+        assert "3" in {p.name for p in folder.iterdir()}
+    train.together(study.runs(c), tmp_path / "cut", model)
+    assert_same_bits(tmp_path / "cut", tmp_path / "whole", 2)
 
 
 def test_a_kill_between_two_saves_resumes_to_the_same_bits(model, behavior, monkeypatch, tmp_path):
