@@ -1,1 +1,1 @@
-"""Speed, measured from the repository root: `python -m benchmarks.side_by_side`, `.throughput`."""
+"""Speed, from the repository root: `python -m benchmarks.side_by_side` and its neighbors."""

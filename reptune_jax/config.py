@@ -218,6 +218,7 @@ def _study() -> ConfigDict:
     c.arms = ("base", "prompt", "steer", "token", "dual", "random")
     c.signs = (1, -1)
     c.seeds = (0,)
+    c.together = False  # LoRA runs in one program instead of one by one; needs train.lora.rank
     c.primary = ""  # metric:format of the main comparison, e.g. "vader:free"; "" = by kind
     c.export = "dual"  # the arm that becomes a Hugging Face folder
     return c
@@ -263,6 +264,11 @@ def check(config: ConfigDict) -> ConfigDict:
             raise ValueError(f"{key}: got {_get(out, key)}, expected more than 0.")
     if out.train.lora.rank < 0:
         raise ValueError(f"train.lora.rank: got {out.train.lora.rank}, expected 0 or more.")
+    if out.study.together and not out.train.lora.rank:
+        raise ValueError(
+            "train.lora.rank: got 0, expected more than 0 with study.together=True: only adapters "
+            "share the weights that they change. Set one of the two."
+        )
     for key in ("train.save_every", "train.save_minutes", "train.peak_tflops"):
         if not _get(out, key) >= 0:
             raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (off) or more.")

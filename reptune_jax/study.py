@@ -3,7 +3,10 @@
     python -m reptune_jax.study --config=configs/sentiment.py --workdir=runs/sentiment
 
 Runs the other programs' mains one after the other (so the model is loaded and compiled once) over
-`study.arms` x `study.signs` x `study.seeds`. Run again, it skips what is done.
+`study.arms` x `study.signs` x `study.seeds`. Run again, it skips what is done. LoRA runs can be
+trained in one program, which costs less than one by one, with the same results and folders:
+
+    … --config.train.lora.rank=8 --config.study.together=True
 """
 
 import time
@@ -34,6 +37,9 @@ def run(c: ConfigDict, workdir: Path) -> None:
         bench = prepare(c, workdir)
     with timed("baseline: base and prompt arms"):
         baseline.run(c, workdir, bench)
+    if c.study.together:
+        with timed("training all runs together"):
+            train.together(runs(c), workdir, bench.base)
     for one in runs(c):
         with timed(f"training {program.run_name(one)}"):
             train.run(one, workdir, bench.base)

@@ -10,6 +10,7 @@ run it on each: TPU pods, Slurm and MPI are detected, elsewhere give --coordinat
 """
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +19,32 @@ from ml_collections import ConfigDict
 from reptune_jax import distributed, program
 from reptune_jax.config import TUNED_ARMS, armed
 from reptune_jax.lm import Model
-from reptune_jax.tuning import adapters, checkpoint, loop
+from reptune_jax.tuning import adapters, checkpoint, fleet, loop
 from reptune_jax.tuning.corpus import make_corpus
+from reptune_jax.tuning.run import Job
 from reptune_jax.vectors import extraction
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
 def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
     """Tunes `c.arm`; returns its folder. Skips what is finished."""
+    folder = claim(c, workdir)
+    if not checkpoint.finished(folder):
+        model = model or program.load_model(c)
+        loop.tune(make_job(c, workdir, model), model)
+    else:
+        program.say(f"{folder.name}: already trained")
+    return folder
+
+
+def together(runs: Iterable[ConfigDict], workdir: Path, model: Model) -> None:
+    """Tunes LoRA runs of one study in one program. Skips those that are finished."""
+    left = [c for c in runs if not checkpoint.finished(claim(c, workdir))]
+    fleet.tune([make_job(c, workdir, model) for c in left], model)
+
+
+def claim(c: ConfigDict, workdir: Path) -> Path:
+    """The run's folder, with its config in it."""
     if c.arm not in TUNED_ARMS:
         raise ValueError(
             f"arm: got {c.arm!r}, expected one of {', '.join(TUNED_ARMS)}. "
@@ -35,10 +54,12 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
     program.heed_stop("before training")
     program.claim_study(workdir, c)
     program.claim_run(folder, c)
-    if checkpoint.finished(folder):
-        program.say(f"{folder.name}: already trained")
-        return folder
-    model = model or program.load_model(c)
+    return folder
+
+
+def make_job(c: ConfigDict, workdir: Path, model: Model) -> Job:
+    """The vector and the rows of a run, made first where they are missing."""
+    folder = workdir / program.run_name(c)
     vector = extraction.run(c, workdir, model)
     vector.check_model(model.sha, model.name)
     settings = armed(c)
@@ -62,8 +83,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
     }
     corpus = make_corpus(settings, workdir, model)
     distributed.same(model=model.sha, vector=vector.digest, data=corpus.digest())
-    loop.tune(settings, folder, model, vector, corpus, meta, others)
-    return folder
+    return Job(settings, folder, vector, corpus, meta, others)
 
 
 def _other(name: str, folder: str, model: Model) -> SteeringVector:

@@ -11,10 +11,11 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams import metadata as hparams
 
 from reptune_jax import config, lm, train
-from reptune_jax.tuning import cosines, heatmap, loop
+from reptune_jax.tuning import cosines, heatmap
 from reptune_jax.tuning import log as logs
 from reptune_jax.tuning.corpus import make_corpus
 from reptune_jax.tuning.events import flat_settings
+from reptune_jax.tuning.run import Run
 from tests import event_files, tiny, tiny_behavior
 
 
@@ -35,12 +36,12 @@ def settings(made, **changes):
 @pytest.fixture(scope="module")
 def finished(made, tmp_path_factory):
     """(config, folder, what was printed) of a run that was cut at step 3 and resumed."""
-    folder, batch = tmp_path_factory.mktemp("study"), loop._Loop._batch
+    folder, batch = tmp_path_factory.mktemp("study"), Run.batch
     with pytest.MonkeyPatch.context() as patch:
         tiny_behavior.patch_neutral(patch)
         c = settings(made)
         with patch.context() as cut:
-            cut.setattr(loop._Loop, "_batch", lambda self, i: batch(self, i if i < 3 else None))
+            cut.setattr(Run, "batch", lambda self, i: batch(self, i if i < 3 else None))
             with pytest.raises(TypeError):
                 train.run(c, folder, made[0])
         return c, train.run(c, folder, made[0])

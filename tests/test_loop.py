@@ -8,8 +8,9 @@ import pytest
 
 from reptune_jax import lm, train
 from reptune_jax.evals import arms
-from reptune_jax.tuning import checkpoint, loop
+from reptune_jax.tuning import checkpoint
 from reptune_jax.tuning.log import Log
+from reptune_jax.tuning.run import Run
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests import tiny, tiny_behavior
 
@@ -53,14 +54,14 @@ class Stop(BaseException):
 
 def stop_at(monkeypatch, step):
     """Makes the loop die when it asks for that step's batch."""
-    whole = loop._Loop._batch
+    whole = Run.batch
 
     def batch(self, i):
         if i == step:
             raise Stop
         return whole(self, i)
 
-    monkeypatch.setattr(loop._Loop, "_batch", batch)
+    monkeypatch.setattr(Run, "batch", batch)
 
 
 def test_the_log_holds_what_a_run_promises(finished):

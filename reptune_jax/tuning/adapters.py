@@ -19,16 +19,24 @@ from reptune_jax.tuning.partition import Flat
 
 
 def begin(
-    arch: Arch, params: Mapping[str, Any], train: Any, seed: int
+    arch: Arch,
+    params: Mapping[str, Any],
+    train: Any,
+    seed: int,
+    frozen: dict[str, Any] | None = None,
 ) -> tuple[Flat, dict[str, Any]]:
     """(trained leaves at step 0, the frozen rest in segments), as the config says.
+
+    With adapters nothing of a model is taken out of its frozen rest, so that runs of one config can
+    share a copy: `frozen`, as an earlier call returned it.
 
     Raises:
       ValueError: a pattern that matches nothing that can be trained so.
     """
     if not train.lora.rank:
         return partition.split(params, train.layers, train.modules)
-    _, frozen = partition.split(params, train.layers, ())
+    if frozen is None:
+        _, frozen = partition.split(params, train.layers, ())
     flat = traverse_util.flatten_dict(frozen["tuned"], sep="/")
     kernels = {p: flat[f"{p}/kernel"].shape[1:] for p in targets(arch, train.modules)}
     first, stop = train.layers

@@ -297,7 +297,9 @@ def _check_same_run(step: int, there: dict[str, Any], now: dict[str, Any]) -> No
         for k in _IDENTITY
         if there.get(k) != now.get(k)
     ]
-    changed += configs.differences(there.get("config", {}), now.get("config", {}))
+    # Which other runs the study has, and how it trains them, makes no other run of this one.
+    trees = [{k: v for k, v in m.get("config", {}).items() if k != "study"} for m in (there, now)]
+    changed += configs.differences(*trees)
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(

@@ -13,7 +13,7 @@ from reptune_jax.data.schema import Item, load_behavior, select
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.lm import Model
 from reptune_jax.tuning import retention
-from reptune_jax.tuning.loop import Corpus
+from reptune_jax.tuning.run import Corpus
 from reptune_jax.vectors import extraction
 
 _BUCKET = 16

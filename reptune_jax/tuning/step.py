@@ -230,53 +230,61 @@ def gradient(
 def make_step(
     decoder: Decoder, train: FrozenConfigDict, mesh: Mesh | None = None
 ) -> jax.stages.Wrapped:
-    """`step(state, task, batch, measure) -> (state, metrics)`, jitted, the state donated.
+    """`step(state, task, batch, measure) -> (state, metrics)`: `update`, the state donated."""
+    step = functools.partial(update, decoder, train, mesh)
+    return jax.jit(step, donate_argnums=0)
+
+
+def update(
+    decoder: Decoder,
+    train: FrozenConfigDict,
+    mesh: Mesh | None,
+    state: State,
+    task: Task,
+    batch: Batch,
+    measure: jax.Array,
+    due_J: jax.Array | None = None,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One step: (new state, metrics).
 
     `measure` (a bool array) also computes the gradient norm of each loss alone and the cosine
     between the token's and the cosine's gradient: three more backward passes, so not every step.
+    `due_J`: which losses, besides the first three; those that have a weight, unless it is given.
     """
-    optimizer = make_optimizer(train)
-    rate = schedule(train)
 
-    @functools.partial(jax.jit, donate_argnames=("state",))
-    def step(state: State, task: Task, batch: Batch, measure: jax.Array):
-        def grad_of(weight_J):
-            return gradient(decoder, state.trained, task, batch, weight_J, train.accumulate, mesh)
+    def grad_of(weight_J):
+        return gradient(decoder, state.trained, task, batch, weight_J, train.accumulate, mesh)
 
-        weight_J = weights_at(task, state.step, train.steps)
-        grads, (mean_J, cosine_KxN) = grad_of(weight_J)
-        norm_J, conflict = jax.lax.cond(
-            measure,
-            lambda: _each_loss(grad_of, state.trained, weight_J),
-            lambda: (jnp.zeros_like(weight_J), jnp.float32(0)),
-        )
-        updates, opt = optimizer.update(grads, state.opt, state.trained)
-        metrics = {
-            "loss": jnp.sum(weight_J * mean_J),
-            "mean_J": mean_J,
-            "cosine_KxN": cosine_KxN,
-            "grad_norm": optax.global_norm(grads),
-            "norm_J": norm_J,
-            "conflict": conflict,
-            "lr": rate(state.step),
-        }
-        trained = optax.apply_updates(state.trained, updates)
-        return _laid_out(State(state.step + 1, trained, opt), mesh), metrics
-
-    return step
+    weight_J = weights_at(task, state.step, train.steps)
+    grads, (mean_J, cosine_KxN) = grad_of(weight_J)
+    norm_J, conflict = jax.lax.cond(
+        measure,
+        lambda: _each_loss(grad_of, state.trained, weight_J != 0 if due_J is None else due_J),
+        lambda: (jnp.zeros_like(weight_J), jnp.float32(0)),
+    )
+    updates, opt = make_optimizer(train).update(grads, state.opt, state.trained)
+    metrics = {
+        "loss": jnp.sum(weight_J * mean_J),
+        "mean_J": mean_J,
+        "cosine_KxN": cosine_KxN,
+        "grad_norm": optax.global_norm(grads),
+        "norm_J": norm_J,
+        "conflict": conflict,
+        "lr": schedule(train)(state.step),
+    }
+    trained = optax.apply_updates(state.trained, updates)
+    return _laid_out(State(state.step + 1, trained, opt), mesh), metrics
 
 
-def _each_loss(
-    grad_of: Callable, trained: Flat, weight_J: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _each_loss(grad_of: Callable, trained: Flat, due_J: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gradient norm of each loss alone [J]; cosine between the token and the cosine gradient.
 
     The first three are measured whatever they weigh, so that arms compare; others if they count.
     """
-    zeros, J = jax.tree.map(jnp.zeros_like, trained), len(weight_J)
+    zeros, J = jax.tree.map(jnp.zeros_like, trained), len(due_J)
 
     def one(before: Flat, j: jax.Array) -> tuple[Flat, tuple[jax.Array, jax.Array]]:
-        due = (j < 3) | (weight_J[j] != 0)
+        due = (j < 3) | due_J[j]
         grad = jax.lax.cond(due, lambda: grad_of(jax.nn.one_hot(j, J))[0], lambda: zeros)
         dot = sum(jnp.vdot(before[path], grad[path]) for path in grad)
         return grad, (optax.global_norm(grad), jnp.float32(dot))
@@ -311,13 +319,16 @@ def init_state(trained: Flat, train: FrozenConfigDict, mesh: Mesh | None = None)
       ValueError: a pattern of `lr_by_path` that matches no trained weight.
     """
     _check_patterns(train.lr_by_path, trained)
+    return _make_init(train, mesh)(trained)
+
+
+@functools.lru_cache
+def _make_init(train: FrozenConfigDict, mesh: Mesh | None) -> jax.stages.Wrapped:
+    """Compiled once for all runs of a study."""
     optimizer = make_optimizer(train)
-
-    @jax.jit
-    def init(trained: Flat) -> State:
-        return _laid_out(State(jnp.int32(0), trained, optimizer.init(trained)), mesh)
-
-    return init(trained)
+    return jax.jit(
+        lambda trained: _laid_out(State(jnp.int32(0), trained, optimizer.init(trained)), mesh)
+    )
 
 
 def _as_weights(grads: Flat, mesh: Mesh | None) -> Flat:
