@@ -12,58 +12,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from reptune_jax import config, plan
 from reptune_jax import mesh as meshes
 from reptune_jax.model import decode, families
 from reptune_jax.model.prefix import Prefix
 from reptune_jax.model.transformer import init_cache, whole
 from reptune_jax.tuning import abstract, collectives, hardware
 from reptune_jax.vectors import capture
-
-TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1")
-# As Llama's, but small: grouped heads of 128, untied, every dimension divisible.
-SHAPE = hardware._llama(8192, 512, 1024, 6, 8, 4, head_dim=128)
-ARCH = families.from_config(SHAPE)
-BF16 = jnp.dtype("bfloat16")
-
-
-def settings(**changes):
-    c = config.default()
-    c.model = "none"
-    c.train.layers = c.loss.layers = (2, 4)
-    c.train.batch, c.loss.retain = 8, 0.0
-    for key, value in changes.items():
-        c.update_from_flattened_dict({key.replace("__", "."): value})
-    return config.check(c)
-
-
-@functools.cache
-def mesh_for(topology):
-    pytest.importorskip("libtpu", reason="the TPU compiler: pip install -e '.[plan]'")
-    kind, shape = hardware.parse(topology)
-    return meshes.make_mesh(1, 2, 2, devices=plan.tpu_devices(kind, shape))
+from tests.plan_case import ARCH, BF16, TOPOLOGIES, mesh_for
 
 
 def kinds(hlo, mesh):
     return set(collectives.traffic(hlo, mesh))
-
-
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_train_step_compiles_for_a_tpu(topology):
-    mesh = mesh_for(topology)
-    step, args = abstract.step(settings(), ARCH, BF16, mesh, T=128, L=16)
-    lowered = step.lower(*args)
-    leaves = len(jax.tree.leaves(args[0]))
-    # Every leaf of the new state, and the rows of the residual stream where it enters a layer.
-    assert lowered.as_text().count("sdy.sharding_constraint") >= leaves
-    compiled = lowered.compile()
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes > 0 and memory.alias_size_in_bytes > 0  # state is donated
-    found = kinds(compiled.as_text(), mesh)
-    assert ("all-gather", "fsdp") in found  # weights
-    assert ("all-reduce", "tensor") in found or ("reduce-scatter", "tensor") in found
-    moments = args[0].trained["attn/v/kernel"]
-    assert moments.sharding.shard_shape(moments.shape) == (2, 256, 2, 128)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -307,7 +307,7 @@ class Decoder(nn.Module):
     def _embed(self, tokens_BxT: jax.Array, positions_BxT: jax.Array, mask: jax.Array) -> jax.Array:
         a = self.arch
         # Gemma's scale is rounded to the dtype before it multiplies.
-        x_BxTxD = self.embed(tokens_BxT)
+        x_BxTxD = self._to_rows(self.embed(tokens_BxT))
         if a.embed_scale != 1:
             x_BxTxD = x_BxTxD * jnp.asarray(a.embed_scale, self.dtype)
         if not a.positions:
@@ -318,6 +318,20 @@ class Decoder(nn.Module):
                 f"at most {a.positions}, the positions that {a.family} has learned. Shorten them."
             )
         return x_BxTxD + self.positions(positions_BxT)
+
+    def _to_rows(self, x_BxTxD: jax.Array) -> jax.Array:
+        """A looked-up embedding lies as its table, D over the axis that splits weights; from there
+        to whole rows is one exchange along that axis. Left alone on a mesh of three axes, XLA first
+        makes all rows whole on every device."""
+        if self.rows is None:
+            return x_BxTxD
+        data, fsdp = self.rows.spec[0]
+        columns = jax.sharding.PartitionSpec(data, None, fsdp)
+        x_BxTxD = jax.lax.with_sharding_constraint(
+            x_BxTxD, jax.sharding.NamedSharding(self.rows.mesh, columns)
+        )
+        # At once: else the layers' loop carries columns, and exchanges them in every layer.
+        return jax.lax.with_sharding_constraint(x_BxTxD, self.rows)
 
     def _seen(
         self,

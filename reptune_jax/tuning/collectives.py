@@ -25,6 +25,11 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
 _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}: along a; devices in an order of their own
+_BY_AXES = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 
 _CONSTANT = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
@@ -157,10 +162,12 @@ def _group(line: str, devices: int) -> list[int]:
         order = [int(d) for d in iota[3].split(",")] if iota[3] else list(range(len(dims)))
         ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
         return ids.reshape(groups[0], -1)[0].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if named := _BY_AXES.search(line):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        along = re.findall(r"'(\w+)'", named[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        along = re.findall(r"'(\w+)'", named[4])
+        dims = [int(d) for d in named[2].split(",")] if named[2] else list(sizes.values())
+        order = [int(d) for d in named[3].split(",")] if named[3] else list(range(len(dims)))
+        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(*sizes.values())
         return ids[tuple(slice(None) if name in along else 0 for name in sizes)].ravel().tolist()
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return [int(d) for d in listed[1].split(",")]
