@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from reptune_jax import mesh as meshes
-from reptune_jax.model import decode, families
+from reptune_jax.model import decode
 from reptune_jax.model.prefix import Prefix
 from reptune_jax.model.transformer import init_cache, whole
 from reptune_jax.tuning import abstract, collectives, hardware
