@@ -8,10 +8,12 @@ CPU devices; `v5e` asks the TPU compiler (`pip install -e ".[plan]"`).
 """
 
 import argparse
+import inspect
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
@@ -54,11 +56,16 @@ def measure(devices: list[Any], rows: int, tokens: int) -> Cost:
     dtype = jnp.dtype("float32" if devices[0].platform == "cpu" else "bfloat16")
     arch = families.from_config(SHAPE)
     step, args = abstract.step(settings(rows * n), arch, dtype, mesh, tokens, tokens // 4)
-    # Not to be measured, as a constant: else XLA counts that branch too, taken or not.
-    once = jax.jit(lambda *args: step(*args, jnp.asarray(False)), donate_argnums=0)
+    # Not to be measured, as a constant of the step itself: XLA counts a branch, taken or not, and
+    # on several devices does not drop one whose constant comes from an outer function.
+    plain = inspect.unwrap(step)
+    once = jax.jit(lambda *args: plain(*args, np.False_), donate_argnums=0)
     compiled = once.lower(*args[:3]).compile()
+    text = compiled.as_text()
+    if " conditional(" in text:
+        raise ValueError(f"{n} devices: a branch is left, whose FLOPs and bytes would count.")
     counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    sent = sum(t.bytes_sent for t in traffic(compiled.as_text(), mesh).values())
+    sent = sum(t.bytes_sent for t in traffic(text, mesh).values())
     return Cost(
         counted["flops"] / 1e9,
         counted["bytes accessed"] / 2**20,
