@@ -4,7 +4,8 @@
 
 Runs the other programs' mains one after the other (so the model is loaded and compiled once) over
 `study.arms` x `study.signs` x `study.seeds`. Run again, it skips what is done. LoRA runs can be
-trained in one program, which costs less than one by one, with the same results and folders:
+trained in one program, with the same folders and, up to rounding, results; what that saves, and
+where it saves nothing, is in benchmarks/README.md:
 
     … --config.train.lora.rank=8 --config.study.together=True
 """
