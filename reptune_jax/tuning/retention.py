@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from reptune_jax import mesh as meshes
 from reptune_jax.data.batches import Keep
 from reptune_jax.data.schema import load_neutral
 from reptune_jax.lm import Model
 from reptune_jax.model.transformer import Decoder, collect
+from reptune_jax.tuning import untuned
 
 
 class Text(NamedTuple):
@@ -55,13 +55,9 @@ def make_keep(
     With `layers` also the output of blocks [first, stop) there.
     """
     keep = _positions(model, texts, T, L, np.random.default_rng(seed))
-    found, R = [], len(texts)
-    for start in range(0, R, batch):
-        rows_B = np.resize(np.arange(start, min(start + batch, R)), batch)
-        inputs = tuple(a[rows_B] for a in (keep.tokens_BxT, keep.mask_BxT, keep.at_BxL))
-        inputs = meshes.put_rows(inputs, model.mesh)
-        found.append(meshes.fetch(_states(model.decoder, model.params, *inputs, layers)))
-    states = jax.tree.map(lambda *parts: np.concatenate(parts)[:R], *found)
+    of_rows = partial(_states, model.decoder, model.params, layers=layers)
+    inputs = keep.tokens_BxT, keep.mask_BxT, keep.at_BxL
+    states = untuned.in_batches(of_rows, inputs, model, batch)
     return dataclasses.replace(keep, **states)
 
 

@@ -26,7 +26,7 @@ def add_cosines(rows: Rows, model: Model, probe: Probe, batch: int) -> Rows:
     """The rows with the untuned model's cosines, each with its own behavior's vector."""
     of_rows = partial(_cosines, model.decoder, model.params, probe)
     inputs = rows.tokens_BxT, rows.mask_BxT, rows.of_B
-    return dataclasses.replace(rows, base_BxNxT=_in_batches(of_rows, inputs, model, batch))
+    return dataclasses.replace(rows, base_BxNxT=in_batches(of_rows, inputs, model, batch))
 
 
 def below_gib(model: Model, first: int, sides: tuple[Rows | Keep | None, ...]) -> float:
@@ -46,16 +46,17 @@ def add_below(
         known.update(array.tobytes())
     key = known.hexdigest()
     if key not in _below:
-        _below[key] = _in_batches(partial(_enter, decoder, frozen, probe), inputs, model, batch)
+        _below[key] = in_batches(partial(_enter, decoder, frozen, probe), inputs, model, batch)
     x_BxTxD, cosine_BxMxT = _below[key]
     if isinstance(side, Keep):
         return dataclasses.replace(side, below_BxTxD=x_BxTxD)
     return dataclasses.replace(side, below_BxTxD=x_BxTxD, below_cosine_BxMxT=cosine_BxMxT)
 
 
-def _in_batches(
+def in_batches(
     compute: Callable[..., Any], inputs: tuple[np.ndarray, ...], model: Model, batch: int
 ) -> Any:
+    """`compute(*inputs)` for all rows, some at a time on the devices; the results on the host."""
     found, B = [], len(inputs[0])
     for start in range(0, B, batch):
         rows_B = np.resize(np.arange(start, min(start + batch, B)), batch)
