@@ -21,11 +21,12 @@ from benchmarks import train_case
 from benchmarks.model import smollm2_folder
 from benchmarks.timing import Call, Timing, alternate
 from reptune_jax import program
+from reptune_jax.cost import flops
 from reptune_jax.data.batches import Batch
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import adapters, cost, partition
+from reptune_jax.tuning import partition
 from reptune_jax.tuning import step as steps
-from reptune_jax.tuning.task import make_task
+from reptune_jax.tuning.objective import make_objective
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 MIDDLE = (1 / 3, 2 / 3)
@@ -78,22 +79,22 @@ def work(model: Any, size: Size) -> Work:
     c.train.update(batch=size.rows, accumulate=size.accumulate, modules=size.modules)
     c.train.lora.rank = size.rank
     train = FrozenConfigDict(c.train)
-    trained, frozen = adapters.begin(a, model.params, train, c.seed)
+    trained, frozen = partition.begin(a, model.params, train, c.seed)
     v_NxD = rng.standard_normal((a.N, a.D)).astype(np.float32)
     vector = SteeringVector(v_NxD, np.ones(a.N), np.zeros_like(v_NxD), tuple(range(a.N)), {})
     ids_BxT = rng.integers(0, a.V, (size.rows, size.tokens)).astype(np.int32)
     batch = jax.device_put(Batch(train_case.rows(ids_BxT, size.tokens // 2), None))
     decoder = Decoder(a, partition.segments(a.N, train.layers), model.dtype, train.remat)
-    task, step = make_task(c, vector, frozen), steps.make_step(decoder, train)
+    objective, step = make_objective(c, vector, frozen), steps.make_step(decoder, train)
     state, no = steps.init_state(trained, train), jnp.asarray(False)
 
     def run() -> None:
         nonlocal state
-        state, _ = jax.block_until_ready(step(state, task, batch, no))
+        state, _ = jax.block_until_ready(step(state, objective, batch, no))
 
-    flops = cost.batch_flops(a, (first, stop), state.trained, batch)["total"]
+    work = flops.batch_flops(a, (first, stop), state.trained, batch)["total"]
     n = sum(leaf.size for leaf in state.trained.values())
-    return Work(run, ids_BxT.size, n, flops)
+    return Work(run, ids_BxT.size, n, work)
 
 
 HEADER = """\

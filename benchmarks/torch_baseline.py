@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.torch_reference import (
+from tests.support.torch_reference import (
     Batch,
     Directions,
     Neutral,
@@ -25,7 +25,7 @@ from tests.torch_reference import (
     hooked,
     unfreeze,
 )
-from tests.torch_reference import train_step as reference_step
+from tests.support.torch_reference import train_step as reference_step
 
 BATCH = 16
 

@@ -14,11 +14,11 @@ from benchmarks.timing import Call, Case
 from reptune_jax import config as configs
 from reptune_jax.data import batches
 from reptune_jax.model.transformer import Decoder
-from reptune_jax.tuning import partition, untuned
+from reptune_jax.tuning import base_cache, partition
 from reptune_jax.tuning import step as steps
-from reptune_jax.tuning.task import make_task
+from reptune_jax.tuning.objective import make_objective
 from reptune_jax.vectors.steering_vector import SteeringVector
-from tests.torch_reference import Batch, Objective
+from tests.support.torch_reference import Batch, Objective
 
 B, T, LABELS = 16, 96, 32
 LR = 3e-4
@@ -64,24 +64,22 @@ def _jax_steps(model: Any, work: Work) -> Call:
         tuple(range(model.arch.N)),
         {},
     )
-    task, step = make_task(c, vector, frozen), steps.make_step(decoder, train)
+    objective, step = make_objective(c, vector, frozen), steps.make_step(decoder, train)
     # As `train` does: what enters the lowest trained layer is computed once for a row.
-    known = untuned.add_below(
-        rows(work.ids_BxT, LABELS), model, decoder, frozen, task.probe, batch=B
-    )
+    known = base_cache.add_below(rows(work.ids_BxT, LABELS), model, decoder, objective, batch=B)
     batch = jax.device_put(batches.Batch(known, None))
     state, losses = steps.init_state(trained, train), []
 
     def run() -> list[float]:
         nonlocal state
-        state, metrics = jax.block_until_ready(step(state, task, batch, jnp.asarray(False)))
+        state, metrics = jax.block_until_ready(step(state, objective, batch, jnp.asarray(False)))
         losses.append(float(metrics["loss"]))
         return losses
 
     return run
 
 
-def rows(ids_BxT: np.ndarray, labels: int) -> batches.Rows:
+def rows(ids_BxT: np.ndarray, labels: int) -> batches.Examples:
     """Each row's last `labels` tokens are its labels, and those whose cosine counts."""
     T = ids_BxT.shape[1]
     first = T - labels

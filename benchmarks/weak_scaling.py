@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
 from reptune_jax import mesh as meshes
-from reptune_jax import plan
+from reptune_jax.cost import hardware
+from reptune_jax.cost.collectives import traffic
 from reptune_jax.model import families
-from reptune_jax.tuning import abstract, hardware
-from reptune_jax.tuning.collectives import traffic
+from reptune_jax.plan import abstract
+from reptune_jax.plan import compiled as plan
 
 # Three layers of Llama-2-7B, the middle one trained. Each is a segment of its own: XLA counts a
 # loop's body once, so here it counts everything.

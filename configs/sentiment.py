@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.targets.dose = 2.0
     c.targets.layers = (20,)
     c.targets.max_repeat = 0.0  # loops are learned as readily as sentiment
-    c.targets.keep = 0.5
+    c.targets.best_share = 0.5
     c.loss.cosine = 8.0
     c.loss.center = True  # the plain cosine barely moves where the residual is large
     c.loss.retain = 4.0
@@ -57,7 +57,7 @@ def quick(c: ConfigDict) -> ConfigDict:
     c.vector.pairs = 24
     c.vector.answer_tokens = 24
     c.targets.prompts = 64
-    c.targets.keep = 1.0
+    c.targets.best_share = 1.0
     c.train.steps = 12
     c.train.batch = 4
     c.train.warmup = 2

@@ -1,6 +1,7 @@
 """Representation tuning in JAX: read a behavior vector, steer with it, tune it into the weights."""
 
 import os
+from importlib import metadata
 
 # transformers is used for tokenizers only, which need no torch; do not advise installing it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -10,4 +11,9 @@ from reptune_jax.vectors.bake import bake
 from reptune_jax.vectors.pairs import extract
 from reptune_jax.vectors.steering_vector import SteeringVector
 
+__version__ = metadata.version("reptune_jax")
 __all__ = ["Model", "SteeringVector", "bake", "extract", "load", "load_adapter", "save_hf"]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,7 +1,7 @@
 """Program: the untuned, the steered and the tuned model answer the same prompts side by side.
 
-    python -m reptune_jax.chat --config=configs/sentiment.py --workdir=runs/sentiment \\
-        [--config.chat.run=dual-_s0] [--prompt="Tell me about soup." --prompt=…]
+    python -m reptune_jax.chat --workdir=runs/sentiment [--config.chat.run=dual-_s0] \\
+        [--prompt="Tell me about soup." --prompt=…]
 
 Reads prompts from the terminal, or answers those given with --prompt and ends. Every prompt is a
 chat of its own. `config.chat` says which run is shown, and how the steered model is steered.
@@ -18,8 +18,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from reptune_jax import program
+from reptune_jax.console import say
 from reptune_jax.evals import arms
 from reptune_jax.evals.arms import Condition
+from reptune_jax.folder import Study
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 _GAP = " | "
@@ -37,7 +39,7 @@ def run(c: ConfigDict, workdir: Path, prompts: Sequence[str] = ()) -> None:
 def converse(c: ConfigDict, columns: Mapping[str, Condition], prompts: Sequence[str]) -> None:
     """Prints every column's answer to each prompt."""
     if sys.stdin.isatty() and not prompts:
-        program.say("Type a prompt; Ctrl-D ends. Each prompt is a new chat.")
+        say("Type a prompt; Ctrl-D ends. Each prompt is a new chat.")
     for prompt in prompts or typed():
         if prompts or not sys.stdin.isatty():
             print(f"> {prompt}")
@@ -52,8 +54,12 @@ def conditions(c: ConfigDict, workdir: Path) -> dict[str, Condition]:
     Raises:
       ValueError, FileNotFoundError: no vector or no such run there, or they are another model's.
     """
-    vector = read_vector(workdir)
-    run_folder = find_run(workdir, c.chat.run)
+    study = Study(workdir)
+    if not study.vector.exists():
+        raise FileNotFoundError(
+            f"{study.vector}: not there. Run `extract` or `study` in this --workdir first."
+        )
+    vector, run_folder = SteeringVector.load(study.vector), find_run(study, c.chat.run)
     base = program.load_model(c)
     vector.check_model(base.sha, base.name)
     tuned = arms.tuned(base, run_folder)
@@ -65,25 +71,15 @@ def conditions(c: ConfigDict, workdir: Path) -> dict[str, Condition]:
     }
 
 
-def read_vector(workdir: Path) -> SteeringVector:
-    """The study's vector."""
-    path = workdir / "vector.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: not there. Run `extract` or `study` in this --workdir first."
-        )
-    return SteeringVector.load(path)
-
-
-def find_run(workdir: Path, name: str) -> Path:
+def find_run(study: Study, name: str) -> Path:
     """The folder of a tuned run; an unknown name is answered with those that are there."""
-    there = sorted(p.parent.name for p in workdir.glob("*/checkpoints"))
+    there = [run.path.name for run in study.runs()]
     if name not in there:
         raise ValueError(
             f"chat.run: got {name!r}, expected one of {', '.join(there) or '(no run yet)'} in "
-            f"{workdir}. Run `train` or `study` there, or set --config.chat.run."
+            f"{study.path}. Run `train` or `study` there, or set --config.chat.run."
         )
-    return workdir / name
+    return study.run(name).path
 
 
 def answer(c: ConfigDict, cond: Condition, prompt: str) -> str:
@@ -133,7 +129,7 @@ def wrap(text: str, width: int) -> list[str]:
 def main() -> None:
     """The other programs' flags, and --prompt."""
     prompts = flags.DEFINE_multi_string("prompt", [], "answer this and end; may be repeated")
-    program.main(lambda c, workdir: run(c, workdir, prompts.value), __doc__)
+    program.main(lambda c, workdir: run(c, workdir, prompts.value), __doc__, of_study=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import ast
 import difflib
 import runpy
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 PROGRAMS = {
@@ -26,6 +27,9 @@ def main() -> None:
     if name in ("-h", "--help", "help"):
         print(overview())
         return
+    if name == "--version":
+        print(f"reptune_jax {version('reptune_jax')}")
+        return
     if name not in PROGRAMS:
         print(f"error: {unknown(name)}", file=sys.stderr)
         sys.exit(1)
@@ -39,7 +43,7 @@ def overview() -> str:
     lines = [f"  {name:<{width}}  {summary(module)}" for name, module in PROGRAMS.items()]
     return "\n".join(
         [
-            "usage: reptune PROGRAM --workdir=DIR [--config=configs/x.py] [--config.key=value …]",
+            "usage: reptune PROGRAM --workdir=DIR [--config=NAME[:ARG]] [--config.key=value …]",
             "",
             *lines,
             "",

@@ -7,10 +7,6 @@ key is an error that says which one was probably meant.
 
 import hashlib
 import json
-import os
-import subprocess
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,7 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 TUNED_ARMS = ("token", "vector", "dual", "random", "out")
 
-MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: keep
+MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: hold
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "arm": tuple(ARMS),
@@ -49,17 +45,28 @@ _POSITIVE: tuple[str, ...] = (
     "train.lr",
     "train.lora.alpha",
 )
-_POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.keep")
+_POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.best_share")
 _POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
-# What may change between two starts of one run.
-_PASSING: tuple[str, ...] = (
-    "chat",
-    "mesh",
-    "train.save_every",
-    "train.save_minutes",
-    "train.profile",
-    "train.peak_tflops",
-)
+
+# What a key or section is. One that is not here is part of every result.
+ROLES: dict[str, str] = {
+    "arm": "run",  # tells the runs of a study apart
+    "sign": "run",
+    "seed": "run",
+    "study.arms": "study",  # which runs there are, which may grow
+    "study.signs": "study",
+    "study.seeds": "study",
+    "study.export": "study",
+    "study.primary": "declared",  # of the study, before it runs; no run depends on it
+    "eval": "measure",  # how a model is measured: trains nothing
+    "steer": "measure",
+    "mesh": "passing",  # may change between two starts of one run
+    "train.save_every": "passing",
+    "train.save_minutes": "passing",
+    "train.profile": "passing",
+    "train.peak_tflops": "passing",
+    "chat": "shown",  # is only looked at, and is not stored either
+}
 _POSITIONS = ("response", "last", "before_answer", "all")
 
 
@@ -84,7 +91,7 @@ def default() -> ConfigDict:
     c.targets.dose = 0.0  # persona answers written under this dose of the vector too
     c.targets.layers = (15,)  # … added at these layers
     c.targets.max_repeat = 0.1  # answers that repeat more of their 4-token runs are dropped
-    c.targets.keep = 1.0  # the best share of the rest by the model's own persona odds
+    c.targets.best_share = 1.0  # the best share of the rest by the model's own persona odds
     c.loss = _loss()
     c.train = _train()
     c.steer = _steer()
@@ -125,16 +132,16 @@ def _loss() -> ConfigDict:
     c.anneal = ConfigDict()  # factor of each weight at the first and the last step, linear between
     for name in ("token", "cosine", "retain", "l2", "own"):
         c.anneal[name] = (1.0, 1.0)
-    c.also = ConfigDict()  # further behaviors of the same run: name -> other(folder)
+    c.also = ConfigDict()  # further behaviors of the same run: name -> also_behavior(folder)
     return c
 
 
-def other(folder: str) -> ConfigDict:
+def also_behavior(folder: str) -> ConfigDict:
     """A further behavior of a run, with a vector, rows and losses of its own."""
     c = ConfigDict()
     c.folder = folder  # a study folder: its behavior, vector.safetensors and targets.jsonl
     c.sign = 1
-    c.mode = "in"  # in | out | shift, or keep: (cos - base cos)^2 and no token loss
+    c.mode = "in"  # in | out | shift, or hold: (cos - base cos)^2 and no token loss
     c.shift = 0.1  # of mode shift
     c.token = 1.0  # weight of its cross-entropy
     c.cosine = 1.0  # weight of its cosine loss
@@ -218,7 +225,6 @@ def _study() -> ConfigDict:
     c.arms = ("base", "prompt", "steer", "token", "dual", "random")
     c.signs = (1, -1)
     c.seeds = (0,)
-    c.together = False  # LoRA runs in one program instead of one by one; needs train.lora.rank
     c.primary = ""  # metric:format of the main comparison, e.g. "vader:free"; "" = by kind
     c.export = "dual"  # the arm that becomes a Hugging Face folder
     return c
@@ -264,11 +270,6 @@ def check(config: ConfigDict) -> ConfigDict:
             raise ValueError(f"{key}: got {_get(out, key)}, expected more than 0.")
     if out.train.lora.rank < 0:
         raise ValueError(f"train.lora.rank: got {out.train.lora.rank}, expected 0 or more.")
-    if out.study.together and not out.train.lora.rank:
-        raise ValueError(
-            "train.lora.rank: got 0, expected more than 0 with study.together=True: only adapters "
-            "share the weights that they change. Set one of the two."
-        )
     for key in ("train.save_every", "train.save_minutes", "train.peak_tflops"):
         if not _get(out, key) >= 0:
             raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (off) or more.")
@@ -291,7 +292,7 @@ def check(config: ConfigDict) -> ConfigDict:
     for name, ends in out.loss.anneal.items():
         _check_anneal(f"loss.anneal.{name}", ends)
     for name, one in out.loss.also.items():
-        _check_other(f"loss.also.{name}", one, out.train.accumulate)
+        _check_also(f"loss.also.{name}", one, out.train.accumulate)
     if out.train.batch % out.train.accumulate or out.train.retain_batch % out.train.accumulate:
         raise ValueError(
             f"train.accumulate: got {out.train.accumulate}, expected a divisor of train.batch="
@@ -300,40 +301,10 @@ def check(config: ConfigDict) -> ConfigDict:
     return out
 
 
-def digest(config: ConfigDict) -> str:
+def digest(values: dict[str, Any]) -> str:
     """Identifies the resolved values, whatever file they came from."""
-    text = json.dumps(lasting(config.to_dict()), sort_keys=True, default=list)
+    text = json.dumps(lasting(values), sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> Path:
-    """Makes the folder and writes config.json, or checks that the folder is this config's.
-
-    Raises:
-      ValueError: the folder belongs to another config; names every key that differs.
-    """
-    folder = Path(workdir)
-    path = folder / "config.json"
-    values = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "chat"}))
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if "config" not in stored:
-            raise ValueError(
-                f"workdir {folder}: holds a config.json that is not a run's, expected a new folder "
-                "or a run's. Use another --workdir."
-            )
-        if changed := differences(stored["config"], values):
-            lines = "\n  ".join(changed)
-            raise ValueError(
-                f"workdir {folder}: holds a run of another config:\n  {lines}\n"
-                "Use another --workdir, or the same config to resume."
-            )
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"config": values, **environment()}, indent=1) + "\n")
-    os.replace(scratch, path)
-    return folder
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -341,38 +312,30 @@ def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     trees = (there, now, default().to_dict())
     was, new, first = (_flatten(lasting(json.loads(json.dumps(tree)))) for tree in trees)
     # A key that is newer than the folder has the value that made no difference then.
-    was |= {k: v for k, v in first.items() if k in new and k not in was}
+    first |= {k: new[k] for k in keys_of("declared") if k in new}
+    was = {k: v for k, v in first.items() if k in new} | was
     changed = [k for k in sorted(was.keys() | new.keys()) if was.get(k) != new.get(k)]
     return [f"{k}: {was.get(k)!r} there, {new.get(k)!r} now" for k in changed]
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit and device, for the record."""
-    import jax
-
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    return {
-        "versions": {name: metadata.version(name) for name in packages},
-        "commit": _git_commit(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-    }
+def keys_of(*roles: str) -> tuple[str, ...]:
+    """The keys and sections that have one of these `ROLES`."""
+    return tuple(key for key, role in ROLES.items() if role in roles)
 
 
-def _git_commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""  # installed from a wheel
+def without(values: dict[str, Any], *roles: str, prefix: str = "") -> dict[str, Any]:
+    """The values of a config, less those of the keys and sections with one of these `ROLES`."""
+    out = {}
+    for key, value in values.items():
+        if ROLES.get(prefix + key) not in roles:
+            nested = isinstance(value, dict)
+            out[key] = without(value, *roles, prefix=f"{prefix}{key}.") if nested else value
+    return out
 
 
 def lasting(values: dict[str, Any]) -> dict[str, Any]:
     """The values that a result may depend on: not chat's, the devices', or when to save."""
-    kept = {key: value for key, value in values.items() if key not in _PASSING}
-    train = kept.get("train", {})
-    return kept | {"train": {k: v for k, v in train.items() if f"train.{k}" not in _PASSING}}
+    return without(values, "passing", "shown")
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:
@@ -380,10 +343,10 @@ def _one_of(name: str, value: Any, known: Any) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, known))}.")
 
 
-def _check_other(name: str, one: ConfigDict, accumulate: int) -> None:
+def _check_also(name: str, one: ConfigDict, accumulate: int) -> None:
     for key, known in (
         ("sign", _CHOICES["sign"]),
-        ("mode", (*MODES, "keep")),
+        ("mode", (*MODES, "hold")),
         ("targets", _CHOICES["loss.targets"]),
     ):
         _one_of(f"{name}.{key}", one[key], known)

@@ -45,7 +45,10 @@ def start(
     except ValueError:  # no cluster
         if trains:
             jax.config.update("jax_check_proxy_envs", False)  # nothing leaves this machine
-            jax.distributed.initialize(f"127.0.0.1:{_free_port()}", 1, 0)
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]  # a free one
+            jax.distributed.initialize(f"127.0.0.1:{port}", 1, 0)
 
 
 def is_first() -> bool:
@@ -65,7 +68,9 @@ def once(write: Callable[[], object]) -> None:
             write()
         except Exception as e:
             error = e
-    told = _from_first("" if error is None else f"process 0: {error}")
+    told = "" if error is None else f"process 0: {error}"
+    if jax.process_count() > 1:
+        told = _decode(multihost_utils.broadcast_one_to_all(_encode(told)))
     if error is not None:
         raise error
     if told:
@@ -109,6 +114,20 @@ def same(**values: str) -> None:
                 )
 
 
+class Stopped(Exception):
+    """A SIGTERM was heeded: what was done is saved, and the same command goes on from there."""
+
+
+def heed_stop(what: str) -> None:
+    """Between two parts of a program: ends it if a SIGTERM came meanwhile.
+
+    Raises:
+      Stopped: one came.
+    """
+    if stop_asked():
+        raise Stopped(f"stopped {what} by SIGTERM. The same command goes on from here.")
+
+
 def stop_asked() -> bool:
     """Whether a SIGTERM came to any process. All must ask equally often; all hear it at once."""
     global _asked, _stopping
@@ -118,18 +137,6 @@ def stop_asked() -> bool:
     except RuntimeError:  # not started, or without the service
         return False
     return _stopping
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _from_first(text: str) -> str:
-    if jax.process_count() == 1:
-        return text
-    return _decode(multihost_utils.broadcast_one_to_all(_encode(text)))
 
 
 def _encode(text: str) -> np.ndarray:

@@ -5,13 +5,23 @@
 Writes `vector.safetensors` and `targets.jsonl` into the work folder; skips what is there.
 """
 
+import functools
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from reptune_jax import program
-from reptune_jax.vectors import pairs
-from reptune_jax.vectors.extraction import run
+from reptune_jax.folder import Study
+from reptune_jax.vectors import extraction, pairs
+from reptune_jax.vectors.steering_vector import SteeringVector
+
+
+def run(c: ConfigDict, workdir: Path) -> SteeringVector:
+    """Makes what is missing; the model is loaded only for that."""
+    return extraction.run(c, Study(workdir), functools.cache(lambda: program.load_model(c)))
 
 
 class _Callable(types.ModuleType):

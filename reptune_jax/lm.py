@@ -6,12 +6,11 @@ The methods here are the convenient face (text in, text or arrays out) of the pu
 
 import dataclasses
 import functools
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +20,17 @@ from tqdm import tqdm
 
 from reptune_jax import distributed
 from reptune_jax import mesh as meshes
-from reptune_jax.hub import export, peft, weights
+from reptune_jax.hub import digest, export, peft, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.model import attention, decode, families, score
 from reptune_jax.model.arch import Arch
-from reptune_jax.model.intervene import Steer
+from reptune_jax.model.cache import init_cache
+from reptune_jax.model.intervene import Steer, Steerable, as_steer
+from reptune_jax.model.padding import BUCKET, batches_by_length, pad
 from reptune_jax.model.prefix import Prefix, shared_length
-from reptune_jax.model.transformer import Cache, Decoder, collect, init_cache, unembed, whole
-
-_BUCKET = 16  # token lengths are rounded up to this, so that few shapes are compiled
-
-
-class Steerable(Protocol):
-    """What `steer=` accepts besides a ready `Steer`: a SteeringVector."""
-
-    def steer(self, arch: Arch, B: int, T: int) -> Steer: ...
+from reptune_jax.model.read import read
+from reptune_jax.model.transformer import Decoder, unembed, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Model:
     def sha(self) -> str:
         """Identifies the base weights; a tuned model has its base's."""
         norm_D, table_VxD = self.params["final_norm"]["scale"], self.params["embed"]["embedding"]
-        return weights_sha(self.arch, norm_D, table_VxD[:64])
+        return digest.weights_sha(self.arch, norm_D, table_VxD[:64])
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -158,11 +152,14 @@ class Model:
     ) -> np.ndarray:
         """Left-padded ids in, [B, max_new] ids out (a row repeats its stop token after it)."""
         B, T = tokens_BxT.shape
+        make_cache: Any = init_cache
+        if self.mesh is not None:
+            make_cache = _sharded_cache(meshes.cache_sharding(self.mesh, B, self.arch.K))
         new_BxM, _ = decode.generate(
             self.decoder,
             self.params,
             *meshes.put_rows((tokens_BxT, mask_BxT), self.mesh),
-            _empty_cache(self, B, T + max_new),
+            make_cache(self.arch, B, T + max_new, self.dtype),
             as_steer(steer, self.arch, B, T + 1),
             jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
             jnp.float32(temperature),
@@ -208,7 +205,7 @@ class Model:
                 prefix,
                 *meshes.put_rows((tokens, mask, np.resize(starts_B - P, len(tokens))), self.mesh),
                 as_steer(steer, self.arch, *tokens.shape),
-                L=-(-max(len(ids[r]) - starts[r] for r in rows) // _BUCKET) * _BUCKET,
+                L=-(-max(len(ids[r]) - starts[r] for r in rows) // BUCKET) * BUCKET,
             )
             for r, logp, greedy in zip(
                 rows, meshes.fetch(logp_B), meshes.fetch(greedy_B), strict=False
@@ -237,6 +234,17 @@ class Model:
             logp = score.candidates(self.decoder, self.params, prefix, *placed, steer_B)
             out_IxC[rows] = meshes.fetch(logp)[: len(rows)]
         return out_IxC
+
+    def in_batches(
+        self, compute: Callable[..., Any], inputs: tuple[np.ndarray, ...], batch: int
+    ) -> Any:
+        """`compute(*inputs)` for all rows, `batch` at a time; the results on the host."""
+        found, B = [], len(inputs[0])
+        for start in range(0, B, batch):
+            rows_B = np.resize(np.arange(start, min(start + batch, B)), batch)
+            rows = meshes.put_rows(tuple(a[rows_B] for a in inputs), self.mesh)
+            found.append(meshes.fetch(compute(*rows)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:B], *found)
 
     def split_prefix(
         self, rows: Sequence[list[int]], most: int, steer: Steerable | None = None
@@ -291,13 +299,6 @@ class Model:
         ids = new_M.tolist()
         stop = next((i for i, t in enumerate(ids) if t in self.stop_ids), len(ids))
         return ids[: stop + 1]
-
-
-def weights_sha(arch: Arch, norm_D: Any, table_64xD: Any) -> str:
-    """Of what tuning leaves alone, at bfloat16 precision so that storage dtype does not matter."""
-    parts = norm_D, table_64xD
-    data = b"".join(meshes.fetch(p.astype(jnp.bfloat16)).tobytes() for p in parts)
-    return hashlib.sha256(repr(arch).encode() + data).hexdigest()[:16]
 
 
 def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Model:
@@ -372,20 +373,6 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def as_steer(steer: Steerable | Steer | None, arch: Arch, B: int, T: int) -> Steer | None:
-    """Every way to say "steer" becomes the same data."""
-    if steer is None or isinstance(steer, Steer):
-        return steer
-    return steer.steer(arch, B, T)
-
-
-def _empty_cache(model: Model, B: int, S: int) -> Cache:
-    if model.mesh is None:
-        return init_cache(model.arch, B, S, model.dtype)
-    where = meshes.cache_sharding(model.mesh, B, model.arch.K)
-    return _sharded_cache(where)(model.arch, B, S, model.dtype)
-
-
 @functools.lru_cache
 def _sharded_cache(where: jax.sharding.NamedSharding) -> Any:
     """Born in its layout: on one device it might not fit."""
@@ -405,42 +392,8 @@ def _check_batched(ids: Sequence[Sequence[int]], steer: Any) -> None:
         )
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-
-
-def pad(
-    ids: Sequence[Sequence[int]],
-    pad_id: int,
-    left: bool,
-    rows: int | None = None,
-    bucket: int = _BUCKET,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask), int32 [rows, T]; T is rounded up and missing rows repeat the first one."""
-    rows = max(rows or len(ids), len(ids))
-    T = -(-max(map(len, ids)) // bucket) * bucket
-    tokens = np.full((rows, T), pad_id, np.int32)
-    mask = np.zeros((rows, T), np.int32)
-    for r in range(rows):
-        row = ids[r] if r < len(ids) else ids[0]
-        where = slice(T - len(row), T) if left else slice(0, len(row))
-        tokens[r, where], mask[r, where] = row, 1
-    return tokens, mask
-
-
 @partial(jax.jit, static_argnames=("decoder", "capture"))
 def _forward(decoder, params, tokens_BxT, mask_BxT, steer, *, capture):
-    (hidden, _), sown = decoder.apply(
-        {"params": params},
-        tokens_BxT,
-        mask_BxT,
-        steer=steer,
-        keep_residual=capture,
-        mutable=["intermediates"],
-    )
-    logits = unembed(decoder, params, hidden)
-    if not capture:
-        return logits, None
-    return logits, collect(sown["intermediates"], decoder.segments, "residual")
+    asked = {"steer": steer, "keep_residual": capture}
+    found = read(decoder, {"params": params}, tokens_BxT, mask_BxT, **asked)
+    return unembed(decoder, params, found.hidden_BxTxD), found.residual_NxBxTxD

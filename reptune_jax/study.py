@@ -3,11 +3,7 @@
     python -m reptune_jax.study --config=configs/sentiment.py --workdir=runs/sentiment
 
 Runs the other programs' mains one after the other (so the model is loaded and compiled once) over
-`study.arms` x `study.signs` x `study.seeds`. Run again, it skips what is done. LoRA runs can be
-trained in one program, with the same folders and, up to rounding, results; what that saves, and
-where it saves nothing, is in benchmarks/README.md:
-
-    … --config.train.lora.rank=8 --config.study.together=True
+`study.arms` x `study.signs` x `study.seeds`. Run again, it skips what is done.
 """
 
 import time
@@ -17,12 +13,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import convert, distributed, program, train
+from reptune_jax import cards, convert, distributed, program, train, tuned_run
 from reptune_jax.config import TUNED_ARMS
+from reptune_jax.console import say
+from reptune_jax.data import behavior as behaviors
 from reptune_jax.evals import arms, baseline, steering, tuned
 from reptune_jax.evals.bench import prepare
+from reptune_jax.folder import RunName, Study
 from reptune_jax.lm import Model, save_hf
-from reptune_jax.report import card, html
+from reptune_jax.report import html
 from reptune_jax.report import study as studies
 
 
@@ -33,30 +32,32 @@ def run(c: ConfigDict, workdir: Path) -> None:
             f"study.export: got {c.study.export!r}, expected '' or one of {c.study.arms}. "
             "Add the arm, or export another."
         )
-    began = time.monotonic()
+    measures = behaviors.load(c.behavior).measures
+    if c.study.primary and c.study.primary not in measures:
+        raise ValueError(
+            f"study.primary: got {c.study.primary!r}, expected '' or one of {', '.join(measures)}, "
+            f"which {c.behavior} is measured by."
+        )
+    study, began = Study(workdir), time.monotonic()
     with timed("model, vector and targets"):
-        bench = prepare(c, workdir)
+        bench = prepare(c, study)
     with timed("baseline: base and prompt arms"):
         baseline.run(c, workdir, bench)
-    if c.study.together:
-        with timed("training all runs together"):
-            train.together(runs(c), workdir, bench.base)
     for one in runs(c):
-        with timed(f"training {program.run_name(one)}"):
+        with timed(f"training {RunName.of(one)}"):
             train.run(one, workdir, bench.base)
-        with timed(f"evaluating {program.run_name(one)}"):
+        with timed(f"evaluating {RunName.of(one)}"):
             tuned.run(one, workdir, bench)
     if "steer" in c.study.arms:
         with timed("steering: sweep on validation, test of the chosen doses"):
             steering.run(c, workdir, bench)
-    report = workdir / "report" / "index.html"
     with timed("report"):
         distributed.once(lambda: html.write(studies.read(workdir, c.study.primary or None)))
     if c.study.export:
         with timed("export to Hugging Face"):
             for sign in c.study.signs:
-                export_run(c, workdir, bench.base, sign)
-    program.say(f"done in {time.monotonic() - began:.0f} s. Report: {report}")
+                export_run(c, study, bench.base, sign)
+    say(f"done in {time.monotonic() - began:.0f} s. Report: {study.report}")
 
 
 def runs(c: ConfigDict) -> Iterator[ConfigDict]:
@@ -72,44 +73,40 @@ def runs(c: ConfigDict) -> Iterator[ConfigDict]:
                 yield one
 
 
-def export_run(c: ConfigDict, workdir: Path, base: Model, sign: int) -> None:
+def export_run(c: ConfigDict, study: Study, base: Model, sign: int) -> None:
     """The exported arm's first seed as an ordinary checkpoint, with what is known of it."""
     one = c.copy_and_resolve_references()
     one.arm, one.sign, one.seed = c.study.export, sign, c.study.seeds[0]
-    name = program.run_name(one)
+    name = RunName.of(one)
     if c.train.lora.rank:
-        export_adapter(workdir, base, name)
-    folder = workdir / "export" / name
+        export_adapter(study, base, name)
+    folder = study.export(name)
     if distributed.exists(folder / "config.json"):
-        program.say(f"{folder}: already there")
+        say(f"{folder}: already there")
         return
-    cond = arms.tuned(base, workdir / name)
-    save_hf(
-        cond.model, folder, card.model_card(one, studies.read(workdir, c.study.primary or None))
-    )
-    program.say(f"{folder}: an ordinary Hugging Face checkpoint")
+    model = arms.tuned(base, study.run(name).path).model
+    known = studies.read(study.path, c.study.primary or None)
+    save_hf(model, folder, cards.study_card(one, known))
+    say(f"{folder}: an ordinary Hugging Face checkpoint")
 
 
-def export_adapter(workdir: Path, base: Model, name: str) -> Path:
+def export_adapter(study: Study, base: Model, name: RunName) -> None:
     """A LoRA run's adapters as a folder for peft."""
-    folder = workdir / "export" / f"{name}_adapter"
-    if distributed.exists(folder):
-        program.say(f"{folder}: already there")
-        return folder
-    run = convert.read_run(workdir / name)
-    distributed.once(lambda: convert.write_adapter(folder, run, base.arch, base.name))
-    program.say(f"{folder}: its LoRA alone, for peft")
-    return folder
+    folder = study.adapter(name)
+    if not distributed.exists(folder):
+        tuned = tuned_run.load(study.run(name).path)
+        distributed.once(lambda: convert.write_adapter(folder, tuned, base.arch, base.name))
+    say(f"{folder}: its LoRA alone, for peft")
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     """Says what begins, and how long it took; a SIGTERM is heeded before it."""
-    program.heed_stop(f"before {what}")
-    program.say(f"==> {what}")
+    distributed.heed_stop(f"before {what}")
+    say(f"==> {what}")
     began = time.monotonic()
     yield
-    program.say(f"<== {what}: {time.monotonic() - began:.1f} s")
+    say(f"<== {what}: {time.monotonic() - began:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Tests; a package, so that helpers are imported as `from tests import tiny`."""
+"""Tests; a package, so that helpers are imported as `from tests.support import tiny`."""

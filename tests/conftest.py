@@ -15,6 +15,6 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
 def programs_kept_by_a_module():
     """Those that `tiny_behavior.keep_programs` keeps are not kept for the modules after it."""
     yield
-    from tests import tiny_behavior  # imports jax
+    from tests.support import tiny_behavior  # imports jax
 
     tiny_behavior.keep_no_programs()

@@ -1,12 +1,38 @@
-"""The command line around the programs: `reptune`, and the columns of `chat`."""
+"""The command line around the programs: `reptune`, what people type, the columns of `chat`."""
 
+import contextlib
+import io
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from absl import flags
 
-from reptune_jax import chat, cli
+import reptune_jax as rt
+from reptune_jax import chat, cli, command_line
+from reptune_jax.folder import Study
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `reptune WORDS` in this process, with flags of its own."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before = {name: flags.FLAGS[name] for name in flags.FLAGS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["reptune", *words])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            finally:
+                for name in [name for name in flags.FLAGS if name not in before]:
+                    delattr(flags.FLAGS, name)
+    return code, out.getvalue(), err.getvalue()
 
 
 def test_overview_names_every_program_with_its_own_first_line() -> None:
@@ -18,7 +44,7 @@ def test_overview_names_every_program_with_its_own_first_line() -> None:
 
 def test_unknown_program_is_answered_with_the_likely_one() -> None:
     command = [sys.executable, "-c", "from reptune_jax import cli; cli.main()", "trian"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "got 'trian'" in done.stderr and "Did you mean 'train'?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -40,7 +66,7 @@ def test_narrow_terminals_get_a_list() -> None:
 def test_an_unknown_run_is_answered_with_those_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "dual+_s0" / "checkpoints").mkdir(parents=True)
     with pytest.raises((ValueError, FileNotFoundError), match=r"dual\+_s0"):
-        chat.find_run(tmp_path, "dual-_s7")
+        chat.find_run(Study(tmp_path), "dual-_s7")
 
 
 def test_the_program_module_does_not_hide_the_function_of_its_name() -> None:
@@ -49,3 +75,128 @@ def test_the_program_module_does_not_hide_the_function_of_its_name() -> None:
 
     with pytest.raises(ValueError, match="method: got 'none'"):
         rt.extract(None, [], method="none")
+
+
+# ---------------------------------------------------------------- what people type
+
+
+@pytest.mark.parametrize("name", cli.PROGRAMS)
+def test_every_program_says_its_version_and_what_it_is(name: str) -> None:
+    code, out, err = run(name, "--version")
+    assert (code, out.strip(), err) == (0, f"reptune_jax {rt.__version__}", "")
+
+
+def test_shipped_configs_are_found_by_name_with_their_argument() -> None:
+    path = command_line.find_config("sentiment:quick")
+    assert path == f"{ROOT / 'configs' / 'sentiment.py'}:quick"
+    given = f"{ROOT}/configs/honesty.py"
+    assert command_line.find_config(given) == given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("sentimnt", r"got 'sentimnt'\. Expected .*honesty, scale, sentiment\. Did you mean 'sent"),
+        ("no/such.py:quick", r"got 'no/such\.py', which is not a file\. Expected a path"),
+        ("configs/sentimant.py", r"Did you mean 'sentiment'"),
+    ],
+)
+def test_a_config_that_is_not_there_is_named(given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        command_line.find_config(given)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("study.arms", "base,steer", ("base", "steer")),
+        ("study.arms", "base", ("base",)),
+        ("study.arms", "('base', 'steer')", ("base", "steer")),
+        ("study.signs", "1,-1", (1, -1)),
+        ("study.seeds", "3", (3,)),
+        ("train.layers", "[10, 20]", (10, 20)),
+        ("train.modules", "attn/v, attn/o", ("attn/v", "attn/o")),
+        ("steer.doses", "1,2.5", (1.0, 2.5)),
+        ("loss.anneal.cosine", "1,0", (1.0, 0.0)),
+    ],
+)
+def test_tuples_are_given_as_plain_lists(key: str, text: str, expected: tuple) -> None:
+    (got,) = command_line.prepare([f"--config.{key}={text}"])
+    assert got == f"--config.{key}={expected!r}"
+
+
+def test_a_list_of_something_else_is_named() -> None:
+    with pytest.raises(ValueError, match=r"train\.layers: got 'low,high', expected whole numbers"):
+        command_line.prepare(["--config.train.layers=low,high"])
+    assert command_line.prepare(["--config.train.lr=1e-4"]) == ["--config.train.lr=1e-4"]
+
+
+def test_a_study_folder_alone_is_enough_where_that_is_allowed(tmp_path: Path) -> None:
+    given = [f"--workdir={tmp_path}", "--config.chat.run=dual-_s0"]
+    assert command_line.prepare(given) == given
+    config, *_ = command_line.prepare(given, of_study=True)
+    assert config.endswith(f"stored_config.py:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--config=sentiment"], "--workdir"),
+        (["train", "--config=sentimnt", "--workdir=w"], "Did you mean 'sentiment'"),
+        (["train", "--config=sentiment:slow", "--workdir=w"], "got 'slow', expected nothing"),
+        (["train", "--config=sentiment", "--wrkdir=w"], "wrkdir"),
+        (["chat", "--workdir=no/such/study"], "holds no study"),
+        (["report", "no/such/study"], "no per-item results"),
+        (["report"], "expected one study folder"),
+        (["convert", "--to=x"], "--from"),
+        (["convert", "--from=gone.gguf", "--to=x"], "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_no_traceback(words, message, tmp_path) -> None:
+    command = [sys.executable, "-m", "reptune_jax.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and message in lines[0] and lines[0].startswith("error: "), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_no_failure() -> None:
+    for words in (["study", "--help"], ["report", "--help"]):
+        command = [sys.executable, "-m", "reptune_jax.cli", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and "--workdir" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------- away from a clone
+
+
+def test_the_face_is_tidy() -> None:
+    names = [name for name in dir(rt) if not name.startswith("__")]
+    assert names == [
+        "Model",
+        "SteeringVector",
+        "bake",
+        "extract",
+        "load",
+        "load_adapter",
+        "save_hf",
+    ]
+    assert rt.__version__[0].isdigit()
+
+
+def test_a_wheel_brings_configs_data_and_types(tmp_path: Path) -> None:
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    source = tmp_path / "source"  # builds leave folders behind
+    for name in ("reptune_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source), "-w", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
+    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "reptune_jax").rglob("*.*")}
+    expected = {name for name in expected if "__pycache__" not in name and "egg-info" not in name}
+    expected |= {f"reptune_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
+    assert found == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reptune_jax import config, program, train
-from tests import tiny, tiny_behavior
+from tests.support import tiny, tiny_behavior
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,7 +80,7 @@ def test_only_messages_meant_for_the_user_replace_a_traceback(capsys, monkeypatc
         program.call(lambda: config.default().lock().train.__setattr__("rl", 1))
     assert "unknown key or wrong type" in capsys.readouterr().err
     with pytest.raises(AttributeError):  # our own fault, or another library's: all of it is shown
-        program.call(lambda: program.run_name(None))
+        program.call(lambda: program.load_model(None))
     with pytest.raises(ValueError):
         program.call(lambda: json.loads("{"))
     monkeypatch.setenv("REPTUNE_TRACEBACK", "1")
@@ -142,54 +142,8 @@ def test_arms_differ_by_their_settings_only():
 
 
 def test_the_digest_identifies_values():
-    assert config.digest(settings()) == config.digest(settings())
-    assert config.digest(settings()) != config.digest(settings(train__lr=1e-3))
-
-
-# ---------------------------------------------------------------- folders
-
-
-def test_a_workdir_belongs_to_one_config(tmp_path):
-    folder = config.claim_workdir(tmp_path / "a" / "b", settings())
-    stored = json.loads((folder / "config.json").read_text())
-    assert stored["config"]["train"]["layers"] == [10, 20]
-    assert {"jax", "orbax-checkpoint"} <= stored["versions"].keys() and stored["device"]
-    before = (folder / "config.json").read_bytes()
-    config.claim_workdir(folder, settings())
-    other = settings(train__lr=0.5, model="other")
-    with pytest.raises(ValueError) as e:
-        config.claim_workdir(folder, other)
-    assert "model: 'model' there, 'other' now" in str(e.value)
-    assert "train.lr: 0.0003 there, 0.5 now" in str(e.value) and "seed" not in str(e.value)
-    assert (folder / "config.json").read_bytes() == before
-
-
-def test_a_folder_that_is_older_than_a_key_is_still_its_configs(tmp_path):
-    folder = config.claim_workdir(tmp_path, settings())
-    path = folder / "config.json"
-    stored = json.loads(path.read_text())
-    del stored["config"]["train"]["lora"]
-    path.write_text(json.dumps(stored))
-    assert config.claim_workdir(folder, settings()) == folder
-    other = settings()
-    other.train.lora.rank = 8
-    with pytest.raises(ValueError, match=r"train.lora.rank: 0 there, 8 now"):
-        config.claim_workdir(folder, other)
-
-
-def test_a_models_folder_is_no_workdir(tmp_path):
-    tiny.make_llama(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a config.json that is not a run's"):
-        config.claim_workdir(tmp_path, settings())
-
-
-def test_a_study_is_shared_by_its_runs_and_may_grow(tmp_path):
-    program.claim_study(tmp_path, settings())
-    program.claim_study(tmp_path, settings(arm="token", sign=-1, seed=3, study__seeds=(1,)))
-    with pytest.raises(ValueError, match=r"train.steps: 40 there, 80 now"):
-        program.claim_study(tmp_path, settings(train__steps=80))
-    names = [program.run_name(settings(arm=a, sign=s)) for a in ("dual", "out") for s in (1, -1)]
-    assert names == ["dual+_s0", "dual-_s0", "out+_s0", "out-_s0"]
+    assert config.digest(settings().to_dict()) == config.digest(settings().to_dict())
+    assert config.digest(settings().to_dict()) != config.digest(settings(train__lr=1e-3).to_dict())
 
 
 # ---------------------------------------------------------------- inputs that are wrong

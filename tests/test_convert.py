@@ -20,7 +20,7 @@ from reptune_jax import convert, lm
 from reptune_jax.evals import agreement, arms
 from reptune_jax.hub import safetensors_io
 from reptune_jax.hub.safetensors_io import TensorHandle
-from tests import hub_models, lora_case, tiny
+from tests.support import hub_models, lora_case, tiny
 
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -213,7 +213,7 @@ def test_verifying_fails_where_predictions_differ(model, tmp_path, capsys):
         convert.check(model.name, other, "hf", None, model.name)
     assert stopped.value.code == 1 and "verify: FAILED" in capsys.readouterr().out
     nothing = agreement.Difference(float("nan"), 0.0, 1.0)
-    assert not nothing.within(agreement.tolerance("float32"))
+    assert not nothing.within(agreement.ALLOWED["float32"])
 
 
 def test_a_difference_is_the_textbooks():

@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from reptune_jax import lm, mesh
-from reptune_jax.tuning import checkpoint
-from tests import tiny, tuning_mesh
+from reptune_jax import lm, mesh, tuned_run
+from tests.support import tiny, tuning_mesh
 
 MESHES = ("8x1x1", "1x8x1", "4x2x1", "2x4x1", "2x2x2")
 
@@ -28,7 +27,7 @@ def sharded(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     flags = "--xla_force_host_platform_device_count=8"
     run = subprocess.run(
-        [sys.executable, "-m", "tests.tuning_mesh", str(folder), str(out), *MESHES],
+        [sys.executable, "-m", "tests.support.tuning_mesh", str(folder), str(out), *MESHES],
         env={
             **os.environ,
             "XLA_FLAGS": flags,
@@ -101,7 +100,8 @@ def test_what_a_step_sends_is_said_before_step_0(shape, sharded):
 
 
 def test_a_checkpoint_saved_on_eight_devices_is_read_on_one(sharded, alone):
-    trained, meta, step = checkpoint.load_best(sharded)
+    run = tuned_run.load(sharded)
+    trained, meta, step = run.trained, run.meta, run.step
     assert (meta["from"], step) == (MESHES[-1], tuning_mesh.STEPS)
     for path, leaf in alone[1].trained.items():
         np.testing.assert_allclose(trained[path], leaf, rtol=1e-5, atol=1e-5)

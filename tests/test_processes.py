@@ -7,10 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from reptune_jax import distributed, train
+from reptune_jax import distributed, train, tuned_run
 from reptune_jax.evals import baseline, steering, tuned
-from reptune_jax.tuning import checkpoint
-from tests import processes, tiny_behavior
+from tests.support import processes, tiny_behavior
 
 FLAGS = ("--config.mesh.fsdp=2",)
 
@@ -71,10 +70,10 @@ def test_losses_and_weights_are_those_of_one_process(together, study):
     assert ours.keys() == theirs.keys() and len(ours) > 60
     for key, value in theirs.items():
         assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
-    (a, _, n), (b, _, m) = (checkpoint.load_best(f) for f in (together[2], study[1]))
-    assert n == m
-    for path in a:
-        np.testing.assert_allclose(a[path], b[path], rtol=1e-5, atol=1e-5)
+    a, b = (tuned_run.load(folder) for folder in (together[2], study[1]))
+    assert a.step == b.step
+    for path in a.trained:
+        np.testing.assert_allclose(a.trained[path], b.trained[path], rtol=1e-5, atol=1e-5)
 
 
 KEY = ("arm", "sign", "k", "metric", "split", "item_id", "layer", "position")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from reptune_jax import lm, study
 from reptune_jax.evals import arms
 from reptune_jax.vectors.steering_vector import SteeringVector
-from tests import tiny, tiny_behavior
+from tests.support import tiny, tiny_behavior
 
 TUNED = ("token", "vector", "dual", "random", "out")
 NO_SIGN = ("out", -1)  # tuning out is the same for both signs, and runs once
@@ -129,6 +129,15 @@ def test_transformers_loads_the_export_and_says_the_same(sign, done):
     np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=1e-4)
     assert np.abs(ours - plain).max() > 1e-2
     assert (out / "README.md").read_text().strip()
+
+
+def test_a_primary_measure_that_the_behavior_lacks_is_refused_before_anything_runs(tmp_path):
+    c = tiny_behavior.settings(
+        tmp_path / "no_model", tiny_behavior.write(tmp_path), study__primary="logodds:claim"
+    )
+    with pytest.raises(ValueError, match=r"study\.primary: got 'logodds:claim'.*logodds:free"):
+        study.run(c, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_report_names_every_arm(done):

@@ -19,8 +19,8 @@ class Example(NamedTuple):
 
 
 @flax.struct.dataclass
-class Rows:
-    """Rows of behavior text."""
+class Examples:
+    """Texts that are trained on, one a row."""
 
     tokens_BxT: Array
     mask_BxT: Array
@@ -35,8 +35,8 @@ class Rows:
 
 
 @flax.struct.dataclass
-class Keep:
-    """Rows of unrelated text, with what the base model computes at L of their positions."""
+class Retention:
+    """Unrelated text, one a row, with what the base model computes at L of their positions."""
 
     tokens_BxT: Array
     mask_BxT: Array
@@ -53,14 +53,14 @@ class Keep:
 class Batch:
     """What one step sees."""
 
-    behavior: Rows
-    keep: Keep | None
+    examples: Examples
+    retention: Retention | None
 
 
 def stack_examples(
     examples: Sequence[Example], pad_id: int, T: int, of: Sequence[int] | None = None
-) -> Rows:
-    """All examples as padded arrays; a batch is a choice of rows. `of`: the behavior of each.
+) -> Examples:
+    """All examples as padded arrays; a batch is a choice of them. `of`: the behavior of each.
 
     Raises:
       ValueError: no examples.
@@ -69,7 +69,7 @@ def stack_examples(
         raise ValueError("examples: got none, expected at least one. Check the split and filters.")
     B, L = len(examples), max(len(e.at) for e in examples)
     C = max(len(t) for e in examples for t in e.targets)
-    rows = Rows(
+    out = Examples(
         tokens_BxT=np.full((B, T), pad_id, np.int32),
         mask_BxT=np.zeros((B, T), np.int32),
         at_BxL=np.zeros((B, L), np.int32),
@@ -79,39 +79,35 @@ def stack_examples(
         of_B=np.zeros(B, np.int32) if of is None else np.array(of, np.int32),
     )
     for b, e in enumerate(examples):
-        rows.tokens_BxT[b, : len(e.ids)] = e.ids
-        rows.mask_BxT[b, : len(e.ids)] = 1
-        rows.at_BxL[b, : len(e.at)] = e.at
-        rows.cosine_BxT[b, slice(*e.cosine)] = 1
+        out.tokens_BxT[b, : len(e.ids)] = e.ids
+        out.mask_BxT[b, : len(e.ids)] = 1
+        out.at_BxL[b, : len(e.at)] = e.at
+        out.cosine_BxT[b, slice(*e.cosine)] = 1
         for i, candidates in enumerate(e.targets):
             for c, (token, share) in enumerate(candidates):
-                rows.target_BxLxC[b, i, c], rows.weight_BxLxC[b, i, c] = token, share
-    return rows
+                out.target_BxLxC[b, i, c], out.weight_BxLxC[b, i, c] = token, share
+    return out
 
 
 def choose_of_each(
     sizes: Sequence[int], batches: Sequence[int], seed: int, step: int
 ) -> np.ndarray:
-    """Row numbers of a step where rows of several kinds lie one after another: some of each."""
+    """Which examples a step takes: some of each kind, which lie one after another."""
     first = np.cumsum([0, *sizes])
     return np.concatenate(
         [
-            at + choose_rows(n, batch, seed, step)
+            at + choose(n, batch, seed, step)
             for at, n, batch in zip(first, sizes, batches, strict=False)
         ]
     )
 
 
-def choose_rows(total: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """Row numbers of a step: independent permutations, one an epoch, cut across their borders."""
+def choose(total: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Which of `total`: independent permutations, one an epoch, cut across their borders."""
     start = step * batch
     rows = [
-        _permutation(total, seed, epoch)
+        np.random.default_rng([seed, epoch]).permutation(total)
         for epoch in range(start // total, (start + batch - 1) // total + 1)
     ]
     offset = start % total
     return np.concatenate(rows)[offset : offset + batch]
-
-
-def _permutation(total: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(total)

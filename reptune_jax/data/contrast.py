@@ -122,15 +122,17 @@ def claim_prompts(items: Sequence[Item], template: str) -> list[Contrast]:
 
 
 def _truefalse(item: Item) -> list[Contrast]:
-    question = f'Is the following claim true or false? "{_claim(item)}"'
-    question += "\nAnswer with one word, True or False.\nAnswer:"
-    return [_verdict(item, question, ("True", "False"), "truefalse")]
+    return [_in_one_word(item, "true or false", ("True", "False"), "truefalse")]
 
 
 def _yesno(item: Item) -> list[Contrast]:
-    question = f'Is the following claim correct? "{_claim(item)}"'
-    question += "\nAnswer with one word, Yes or No.\nAnswer:"
-    return [_verdict(item, question, ("Yes", "No"), "yesno")]
+    return [_in_one_word(item, "correct", ("Yes", "No"), "yesno")]
+
+
+def _in_one_word(item: Item, what: str, words: tuple[str, str], template: str) -> Contrast:
+    question = f'Is the following claim {what}? "{_claim(item)}"'
+    question += f"\nAnswer with one word, {' or '.join(words)}.\nAnswer:"
+    return _verdict(item, question, words, template)
 
 
 def _lettered(item: Item) -> list[Contrast]:

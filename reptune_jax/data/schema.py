@@ -19,7 +19,6 @@ from typing import Any
 SPLITS = ("train", "tune", "val", "test", "ood")
 FORMATS = ("persona", "free", "claim", "ab")
 ROLES = ("system", "user", "assistant")
-NEUTRAL = ("prose", "chats")
 _NEAR, _GRAM = 0.5, 8  # characters: a claim of six words has no 8-gram of words
 _IMBALANCE = 0.05
 
@@ -57,36 +56,44 @@ class Item:
         return next((t.partition(":")[2] for t in self.tags if t.startswith(f"{key}:")), "")
 
 
-def load_behavior(name_or_path: str | os.PathLike[str]) -> list[Item]:
-    """Items of a shipped behavior, or of a .jsonl of one's own.
+def find(name_or_path: str | os.PathLike[str]) -> Traversable:
+    """The file of a shipped behavior, or a .jsonl of one's own.
 
     Raises:
-      FileNotFoundError, ValueError: no such file or behavior; a line that is wrong, by number.
+      ValueError: no such behavior.
     """
     name = os.fspath(name_or_path)
     if name.endswith(".jsonl") or Path(name).parent != Path("."):
-        return load_jsonl(name)
-    folder = _folder("behaviors")
-    shipped = sorted(f.name.removesuffix(".jsonl") for f in folder.iterdir() if _is_jsonl(f))
-    if name not in shipped:
-        close = difflib.get_close_matches(name, shipped, n=1)
+        return Path(name)
+    folder = shipped("behaviors")
+    known = sorted(
+        f.name.removesuffix(".jsonl") for f in folder.iterdir() if f.name.endswith(".jsonl")
+    )
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
         meant = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"behavior: got {name!r}, expected one of {', '.join(shipped)}, or a path to a .jsonl "
+            f"behavior: got {name!r}, expected one of {', '.join(known)}, or a path to a .jsonl "
             f"file.{meant}"
         )
-    return load_jsonl(folder / f"{name}.jsonl")
+    return folder / f"{name}.jsonl"
 
 
-def load_jsonl(path: str | os.PathLike[str] | Traversable) -> list[Item]:
-    """Reads and type-checks a behavior file.
+def read_jsonl(path: str | os.PathLike[str] | Traversable) -> tuple[dict[str, Any], list[Item]]:
+    """(what the file says of the behavior as a whole, its items), checked line by line.
+
+    The first line may be {"behavior": name, "measures": ["metric:format", …]}; {} where it is not.
 
     Raises:
       FileNotFoundError, ValueError: with file and line number.
     """
+    about: dict[str, Any] = {}
     items: list[Item] = []
     lines: dict[str, int] = {}
-    for number, row in _rows(path):
+    for number, row in json_lines(path):
+        if not items and not about and "measures" in row:
+            about = checked(row, _ABOUT, f"{path}, line {number}")
+            continue
         item = _item(row, f"{path}, line {number}")
         if item.id in lines:
             raise ValueError(
@@ -95,30 +102,16 @@ def load_jsonl(path: str | os.PathLike[str] | Traversable) -> list[Item]:
             )
         lines[item.id] = number
         items.append(item)
-    return items
+    return about, items
 
 
 def select(
     items: Iterable[Item], split: str | None = None, format: str | None = None
 ) -> list[Item]:
     """Items of a split, of a format, or of both, in file order."""
-    _one_of("split", split, (None, *SPLITS))
-    _one_of("format", format, (None, *FORMATS))
+    one_of("split", split, (None, *SPLITS))
+    one_of("format", format, (None, *FORMATS))
     return [i for i in items if split in (None, i.split) and format in (None, i.format)]
-
-
-def load_neutral(kind: str, split: str) -> list[dict[str, Any]]:
-    """Texts that retention is trained and measured on.
-
-    prose: rows with `text`; chats: rows with `messages`; both with `id` and `split`.
-    """
-    _one_of("kind", kind, NEUTRAL)
-    path = _folder("neutral") / f"{kind}.jsonl"
-    content = {"prose": {"text": _string}, "chats": {"messages": _turns}}[kind]
-    fields = {"id": _string, "split": _split, **content}
-    rows = [_checked(row, fields, f"{path}, line {number}") for number, row in _rows(path)]
-    _one_of("split", split, sorted({row["split"] for row in rows}))
-    return [row for row in rows if row["split"] == split]
 
 
 def check(items: Sequence[Item]) -> list[str]:
@@ -145,7 +138,9 @@ def check(items: Sequence[Item]) -> list[str]:
 
 def near_duplicates(texts: Sequence[tuple[str, str, str]]) -> list[str]:
     """Pairs of (id, split, text) across splits: character 8-grams with a Jaccard index > 0.5."""
-    grams = [_grams(text) for _, _, text in texts]
+    plain = [_plain(text) for _, _, text in texts]
+    starts = (range(max(len(text) - _GRAM + 1, 1)) for text in plain)
+    grams = [{text[i : i + _GRAM] for i in at} for text, at in zip(plain, starts, strict=True)]
     having: dict[str, list[int]] = collections.defaultdict(list)
     problems = []
     for b, own in enumerate(grams):
@@ -187,20 +182,12 @@ def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def _grams(text: str) -> set[str]:
-    plain = _plain(text)
-    return {plain[i : i + _GRAM] for i in range(max(len(plain) - _GRAM + 1, 1))}
-
-
-def _folder(name: str) -> Traversable:
+def shipped(name: str) -> Traversable:
+    """A folder of this package's data."""
     return resources.files("reptune_jax") / "data" / name
 
 
-def _is_jsonl(file: Traversable) -> bool:
-    return file.name.endswith(".jsonl")
-
-
-def _rows(path: str | os.PathLike[str] | Traversable) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: str | os.PathLike[str] | Traversable) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank."""
     file: Traversable = Path(path) if isinstance(path, str | os.PathLike) else path
     if not file.is_file():
@@ -232,14 +219,14 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _item(row: dict[str, Any], where: str) -> Item:
-    values = _checked(row, _FIELDS, where)
+    values = checked(row, _FIELDS, where)
     values["messages"] = tuple(values["messages"])
     values["tags"] = tuple(values["tags"])
     values |= {key: values[key] or "" for key in ("pos", "neg")}
     return Item(**values)
 
 
-def _checked(row: dict[str, Any], fields: dict[str, Any], where: str) -> dict[str, Any]:
+def checked(row: dict[str, Any], fields: dict[str, Any], where: str) -> dict[str, Any]:
     """The row, if it has these fields and each is what its test expects."""
     if missing := sorted(fields.keys() - row.keys()):
         raise ValueError(f"{where}: missing {', '.join(missing)}; expected {', '.join(fields)}.")
@@ -255,7 +242,8 @@ def _checked(row: dict[str, Any], fields: dict[str, Any], where: str) -> dict[st
     return row
 
 
-def _one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
+def one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
+    """Raises ValueError where `name` has another value, with the likely one."""
     if value not in allowed:
         close = difflib.get_close_matches(str(value), [a for a in allowed if a], n=1)
         meant = f" Did you mean {close[0]!r}?" if close else ""
@@ -266,7 +254,8 @@ def _one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> None
 # What is expected instead, or "" if the value is as it should be.
 
 
-def _string(value: Any) -> str:
+def string(value: Any) -> str:
+    """A text with something in it."""
     return "" if isinstance(value, str) and value.strip() else "a string that is not empty"
 
 
@@ -274,7 +263,8 @@ def _answer(value: Any) -> str:
     return "" if value is None or isinstance(value, str) else "a string or null"
 
 
-def _split(value: Any) -> str:
+def split(value: Any) -> str:
+    """One of `SPLITS`."""
     return "" if value in SPLITS else f"one of {', '.join(SPLITS)}"
 
 
@@ -292,7 +282,8 @@ def _strings(value: Any) -> str:
     return "" if fits else "a list of strings"
 
 
-def _turns(value: Any) -> str:
+def turns(value: Any) -> str:
+    """Chat messages."""
     fits = isinstance(value, list) and len(value) > 0 and all(_is_turn(turn) for turn in value)
     return "" if fits else f'a list of {{"role": {"|".join(ROLES)}, "content": "…"}}'
 
@@ -307,16 +298,17 @@ def _is_turn(turn: Any) -> bool:
 
 
 _FIELDS = {
-    "id": _string,
-    "behavior": _string,
-    "split": _split,
-    "cluster": _string,
+    "id": string,
+    "behavior": string,
+    "split": split,
+    "cluster": string,
     "format": _format,
-    "messages": _turns,
+    "messages": turns,
     "pos": _answer,
     "neg": _answer,
     "label": _label,
     "tags": _strings,
-    "source": _string,
-    "license": _string,
+    "source": string,
+    "license": string,
 }
+_ABOUT = {"behavior": string, "measures": _strings}

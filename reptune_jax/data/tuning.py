@@ -21,18 +21,10 @@ class Answer(NamedTuple):
     odds: float  # log p(ids | own persona) - log p(ids | opposite persona), per token
 
 
-def response_example(prompt: list[int], answer: list[int], position: str | int) -> Example:
-    """A prompt without persona, continued by a persona's answer.
-
-    `position`: response (every answer token), last (last prompt token), all, or a negative offset
-    from the end of the prompt.
-    """
-    P, end = len(prompt), len(prompt) + len(answer)
-    span = {"response": (P, end), "last": (P - 1, P), "all": (0, end)}.get(str(position))
-    if span is None:
-        span = offset_span(int(position), P)
-    at = list(range(P - 1, end - 1))
-    return Example(prompt + answer, at, [[(token, 1.0)] for token in answer], span)
+def response_example(prompt: list[int], answer: list[int], cosine: tuple[int, int]) -> Example:
+    """A prompt without persona, continued by a persona's answer."""
+    at = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+    return Example(prompt + answer, at, [[(token, 1.0)] for token in answer], cosine)
 
 
 def verdict_example(
@@ -47,15 +39,6 @@ def verdict_example(
 def unlabeled(example: Example) -> Example:
     """The same row, without weight in the token loss."""
     return example._replace(targets=[[(token, 0.0) for token, _ in t] for t in example.targets])
-
-
-def offset_span(offset: int, length: int) -> tuple[int, int]:
-    """[start, stop) of one token counted back from the end of a prompt."""
-    if not -length <= offset < 0:
-        raise ValueError(
-            f"position: got {offset}, expected a negative offset within the {length} prompt tokens."
-        )
-    return length + offset, length + offset + 1
 
 
 def best_share(answers: Sequence[Answer], keep: float) -> list[Answer]:

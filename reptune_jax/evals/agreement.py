@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import log_softmax
 
-from reptune_jax.lm import Model, pad
+from reptune_jax.lm import Model
+from reptune_jax.model.padding import pad
 
 TEXTS = (
     "The river is wide here, and the ferry crosses it twice a day until the ice comes.",
@@ -39,17 +40,13 @@ class Difference:
         return bool(small and self.agreement >= allowed.agreement)
 
 
-# by the type that the result is stored in; a result in its source's own type differs by nothing
-_ALLOWED = {
+# What rounding may change, by the type that the result is stored in; a result in its source's own
+# type differs by nothing.
+ALLOWED = {
     "float32": Difference(1e-4, 1e-6, 0.99),
     "float16": Difference(0.02, 1e-3, 0.98),
     "bfloat16": Difference(0.1, 0.02, 0.9),
 }
-
-
-def tolerance(dtype: str) -> Difference:
-    """What rounding to this type may change."""
-    return _ALLOWED[dtype]
 
 
 def batches(model: Model) -> list[Batch]:

@@ -5,13 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from reptune_jax.config import digest
+from reptune_jax import tuned_run
 from reptune_jax.data.contrast import fold_system, with_system
 from reptune_jax.data.schema import Item
 from reptune_jax.lm import Model
-from reptune_jax.tuning import adapters, checkpoint
 from reptune_jax.vectors.bake import bake
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -35,10 +32,6 @@ class Condition:
         steered = f", dose {self.k:g} at layer {self.layer}" if self.k else ""
         return f"{self.arm} {self.sign:+d} seed {self.seed}{steered}"
 
-    def messages(self, item: Item) -> list[dict[str, str]]:
-        """The item's turns, under the persona if there is one."""
-        return self.under_persona(item.messages)
-
     def under_persona(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
         """Turns with the persona in front, where there is one."""
         if self.persona is None:
@@ -47,21 +40,20 @@ class Condition:
 
     def encode(self, item: Item) -> list[int]:
         """Prompt ids."""
-        return self.model.encode_prompt(self.messages(item))
+        return self.model.encode_prompt(self.under_persona(item.messages))
 
-    def labels(self, c: ConfigDict) -> dict[str, Any]:
-        """The columns that all rows of this condition share."""
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The columns that say which condition a row is of."""
         sign = f"{self.sign:+d}"
         return {
             "run_id": f"{self.arm}{sign}_s{self.seed}_k{self.k:g}_l{self.layer}",
-            "behavior": Path(c.behavior).stem,
             "arm": self.arm,
             "sign": self.sign,
             "seed": self.seed,
             "k": self.k,
             "layer": self.layer,
             "model_sha": self.model.sha,
-            "config_sha": digest(c),
         }
 
 
@@ -83,18 +75,11 @@ def baked(cond: Condition) -> Condition:
     return dataclasses.replace(cond, arm="bake", model=bake(cond.model, cond.steer), steer=None)
 
 
-def tuned(model: Model, run: Path) -> Condition:
+def tuned(base: Model, run: Path) -> Condition:
     """The best checkpoint of a training run.
 
     Raises:
       FileNotFoundError: no finished checkpoint. ValueError: it belongs to another base model.
     """
-    trained, meta, _ = checkpoint.load_best(run)
-    if meta["model_sha"] != model.sha:
-        raise ValueError(
-            f"{run}: tuned from {meta['model']} ({meta['model_sha']}), got base {model.name} "
-            f"({model.sha}), expected the same. Load the model it was tuned from."
-        )
-    params = adapters.overlay(model.params, trained, meta)
-    c = meta["config"]
-    return Condition(dataclasses.replace(model, params=params), c["arm"], c["sign"], c["seed"])
+    found = tuned_run.load(run)
+    return Condition(found.over(base), *found.name)

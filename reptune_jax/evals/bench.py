@@ -2,15 +2,22 @@
 
 import dataclasses
 import functools
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from reptune_jax import program
-from reptune_jax.data.schema import Item, load_behavior, select
-from reptune_jax.evals import claims, generation, judges, scoring
+from reptune_jax.config import digest
+from reptune_jax.console import say
+from reptune_jax.data import behavior as behaviors
+from reptune_jax.data.behavior import Behavior
+from reptune_jax.data.schema import Item
+from reptune_jax.evals import claims, generation, measures, scoring
 from reptune_jax.evals.arms import Condition
+from reptune_jax.evals.measures import METRICS
 from reptune_jax.evals.results import Row
+from reptune_jax.folder import Study
 from reptune_jax.lm import Model
 from reptune_jax.vectors import extraction
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -18,51 +25,85 @@ from reptune_jax.vectors.steering_vector import SteeringVector
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """The untuned model, the vector and the items of one study."""
+    """The untuned model, the vector and the behavior of one study."""
 
     c: ConfigDict
     base: Model
     vector: SteeringVector
-    items: list[Item]
 
     @functools.cached_property
-    def texts(self) -> list[scoring.Text]:
+    def behavior(self) -> Behavior:
+        return behaviors.load(self.c.behavior)
+
+    @functools.cached_property
+    def judged(self) -> str | None:
+        """The metric that judges the behavior's generated answers, if there is one."""
+        return measures.judged(self.behavior.measures)
+
+    @functools.cached_property
+    def references(self) -> list[scoring.Reference]:
         """The retention texts as the base model reads them; only read if something is measured."""
-        return scoring.reference(self.c, self.base)
+        return scoring.references(self.base, "test", self.c.eval)
+
+    def labels(self, cond: Condition) -> dict[str, Any]:
+        """The columns that all rows of a condition share."""
+        about = {"behavior": self.behavior.name, "config_sha": digest(self.c.to_dict())}
+        return about | cond.labels
 
     def prompts(self, split: str) -> list[Item]:
         """The free prompts of a split, at most as many as the config evaluates."""
         limits = {"test": "prompts", "val": "val_prompts", "ood": "ood_prompts"}
         limit = self.c.eval[limits[split]]
-        return select(self.items, split=split, format="free")[: limit or None]
+        return self.behavior.select(split, "free")[: limit or None]
 
     def rows(self, cond: Condition) -> list[Row]:
         """Behavior on `eval.splits`, retention on neutral text, cosines."""
-        program.say(f"measuring {cond.title}")
-        rows = [row for split in self.c.eval.splits for row in self.behavior(cond, split)]
-        rows += scoring.retention_rows(self.c, cond, self.texts)
+        say(f"measuring {cond.title}")
+        labels, batch = self.labels(cond), self.c.eval.batch
+        rows = [row for split in self.c.eval.splits for row in self.behavior_rows(cond, split)]
+        rows += scoring.retention_rows(cond, labels, self.references, batch)
         probes = self.prompts("test")[: self.c.eval.heat_map]
-        return rows + scoring.cosine_rows(self.c, cond, self.vector, probes)
+        return rows + scoring.cosine_rows(cond, labels, self.vector, probes)
 
-    def behavior(self, cond: Condition, split: str) -> list[Row]:
+    def behavior_rows(self, cond: Condition, split: str) -> list[Row]:
         """Free answers with their judge and contrasts; claims and pressure scenarios."""
-        prompts = self.prompts(split)
-        rows = generation.rows(self.c, cond, prompts)
-        rows += scoring.contrast_rows(self.c, cond, prompts)
-        return rows + claims.rows(self.c, cond, self.items, split)
+        prompts, labels, settings = self.prompts(split), self.labels(cond), self.c.eval
+        rows = self.free_rows(cond, prompts)
+        rows += scoring.contrast_rows(cond, labels, prompts, settings.batch)
+        return rows + claims.rows(settings, cond, labels, self.behavior, split)
+
+    def free_rows(self, cond: Condition, prompts: list[Item]) -> list[Row]:
+        """Answers to open prompts, judged where the behavior has a judge."""
+        return generation.rows(self.c.eval, cond, self.labels(cond), prompts, self.judged)
+
+    def effect(self, rows: list[Row]) -> float:
+        """Mean of what choices on validation are made by: the judge's score, else log-odds."""
+        metric = self.judged or "logodds"
+        return float(np.mean([row.value for row in rows if row.metric == metric]))
 
     def judge_rows(self, cond: Condition) -> list[Row]:
-        """The judge on texts whose label is known: its own AUROC goes into the report."""
-        judge = generation.JUDGES.get(Path(self.c.behavior).stem)
-        labels = cond.labels(self.c)
-        items = [vars(item) for item in select(self.items, split="test", format="free")]
-        return judges.judge_rows(items, judge, **labels) if judge else []
+        """The judge on test answers whose label is known: the report makes an AUROC of them."""
+        judge = METRICS[self.judged].judge if self.judged else None
+        if judge is None:
+            return []
+        labels = self.labels(cond)
+        return [
+            Row.of(
+                item,
+                labels,
+                metric="judge",
+                value=judge(text),
+                label=label,
+                text=text,
+            )
+            for item in self.behavior.select("test", "free")
+            for text, label in ((item.pos, 1.0), (item.neg, 0.0))
+        ]
 
 
-def prepare(c: ConfigDict, workdir: Path, model: Model | None = None) -> Bench:
+def prepare(c: ConfigDict, study: Study, model: Model | None = None) -> Bench:
     """Loads or makes everything a measurement needs."""
-    program.claim_study(workdir, c)
-    model = model or program.load_model(c)
-    vector = extraction.run(c, workdir, model)
-    vector.check_model(model.sha, model.name)
-    return Bench(c, model, vector, load_behavior(c.behavior))
+    base = functools.cache(lambda: model or program.load_model(c))
+    vector = extraction.run(c, study, base)
+    vector.check_model(base().sha, base().name)
+    return Bench(c, base(), vector)

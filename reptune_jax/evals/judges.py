@@ -3,14 +3,12 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from numpy.typing import ArrayLike
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from reptune_jax.evals import stats
-from reptune_jax.evals.results import Row
 
 MIN_AUROC = 0.8  # below this a judge's numbers are not evidence
 
@@ -52,51 +50,13 @@ def judge_auroc(
     return stats.bootstrap_auroc(scores, labels, range(size) if clusters is None else clusters)
 
 
-def judge_rows(
-    items: Iterable[Mapping[str, Any]],
-    score: Callable[[str], float] = vader,
-    **common: Any,
-) -> list[Row]:
-    """Rows (metric "judge") of the judge's scores of each item's `pos` (1) and `neg` (0) text.
-
-    `common` holds run_id, behavior and whatever else the rows share; the report makes an AUROC of
-    them.
-    """
-    shared: dict[str, Any] = {"arm": "base", "sign": 0, "seed": 0} | common
-    return [
-        Row(
-            **shared,
-            split=item["split"],
-            item_id=item["id"],
-            cluster=item["cluster"],
-            format=item["format"],
-            metric="judge",
-            value=score(item[side]),
-            label=label,
-            text=item[side],
-        )
-        for item in items
-        for side, label in (("pos", 1.0), ("neg", 0.0))
-    ]
-
-
 def distinct_n(text: str, n: int = 2) -> float:
     """Distinct share of the word n-grams; 1.0 when the text is shorter than n words."""
-    grams = _ngrams(text, n)
+    words = re.findall(r"\w+", text.lower())
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def repetition_rate(text: str, n: int = 4) -> float:
     """Share of word n-grams that repeat an earlier one; 0.0 when there is none."""
     return 1.0 - distinct_n(text, n)
-
-
-def empty_rate(texts: Iterable[str]) -> float:
-    """Share of texts without a single word."""
-    flags = [not re.search(r"\w", text) for text in texts]
-    return sum(flags) / len(flags) if flags else 0.0
-
-
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

@@ -6,27 +6,19 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reptune_jax import config, distributed
+from reptune_jax.data.schema import Item
+from reptune_jax.evals.measures import METRICS
+from reptune_jax.folder import Study
 
 ARMS = tuple(config.ARMS)
 SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats")
-METRICS = {
-    "logodds": "log p(pos) - log p(neg) of the item's contrast; a claim's pos is the right verdict",
-    "vader": "VADER compound of the continuation only, repeated words capped",
-    "nll": "negative log-likelihood of a neutral document, nats summed over its n_tokens",
-    "kl": "KL(base || arm), nats per token, mean over a document",
-    "top1": "share of tokens whose most likely next token is the base model's",
-    "own_ce": "cross-entropy of the base model's own greedy completion, nats per token",
-    "cos": "mean cosine of the residual stream to the vector, at a layer and position",
-    "distinct2": "distinct share of a generation's word bigrams",
-    "rep4": "repeated share of a generation's word 4-grams",
-    "judge": "judge's score of a reference text that is labelled 1 (pos) or 0 (neg)",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +51,12 @@ class Row:
     prompt_sha: str = ""
     model_sha: str = ""
     config_sha: str = ""
+
+    @classmethod
+    def of(cls, item: Item, labels: dict[str, Any], **values: Any) -> "Row":
+        """Of an item, under the columns that its condition's rows share."""
+        about: dict[str, Any] = {"split": item.split, "item_id": item.id, "cluster": item.cluster}
+        return cls(**labels, **about, format=item.format, **values)
 
     def __post_init__(self) -> None:
         for name, allowed in (("arm", ARMS), ("split", SPLITS), ("metric", tuple(METRICS))):
@@ -117,11 +115,10 @@ def read_study(folder: str | os.PathLike[str]) -> pd.DataFrame:
       ValueError: a foreign schema, a measurement that is there twice, or an item shown to two arms
         with different prompts (the `prompt` arm excepted: its prompt is what differs).
     """
-    folder = Path(folder)
-    paths = sorted(folder.glob("**/results/*.parquet"))
+    paths = Study(Path(folder)).results()
     if not paths:
         raise ValueError(
-            f"{folder}: found no **/results/*.parquet, expected at least one. "
+            f"{folder}: holds no per-item results, expected those of a study or of its runs. "
             "Run python -m reptune_jax.evals.baseline first."
         )
     rows = pd.concat([_read(path) for path in paths], ignore_index=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from reptune_jax import mesh as meshes
-from reptune_jax.data.schema import Item, load_neutral
+from reptune_jax.data import neutral
+from reptune_jax.data.neutral import NeutralText
+from reptune_jax.data.schema import Item
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row, sha
-from reptune_jax.lm import Model, as_steer, pad
-from reptune_jax.model.transformer import Decoder, collect, unembed
+from reptune_jax.lm import Model
+from reptune_jax.model.intervene import as_steer
+from reptune_jax.model.padding import pad
+from reptune_jax.model.read import read_at_once
+from reptune_jax.model.transformer import Decoder, unembed
 from reptune_jax.vectors.steering_vector import SteeringVector
 
+SPLIT_OF = {"prose": "neutral", "chats": "chats"}  # what a neutral text's rows are filed under
 
-def contrast_rows(c: ConfigDict, cond: Condition, items: Sequence[Item]) -> list[Row]:
+
+def contrast_rows(
+    cond: Condition, labels: dict[str, Any], items: Sequence[Item], batch: int
+) -> list[Row]:
     """log p(pos) - log p(neg) of each prompt's two matched answers, as sequences."""
     if not items:
         return []
@@ -30,17 +39,13 @@ def contrast_rows(c: ConfigDict, cond: Condition, items: Sequence[Item]) -> list
     logp = [
         value
         for value, _ in cond.model.score_ids(
-            [p + a for p, a in both], [len(p) for p, _ in both], cond.steer, c.eval.batch
+            [p + a for p, a in both], [len(p) for p, _ in both], cond.steer, batch
         )
     ]
-    labels = cond.labels(c)
     return [
-        Row(
-            **labels,
-            split=item.split,
-            item_id=item.id,
-            cluster=item.cluster,
-            format=item.format,
+        Row.of(
+            item,
+            labels,
             metric="logodds",
             value=pos - neg,
             logp_pos=pos,
@@ -51,71 +56,53 @@ def contrast_rows(c: ConfigDict, cond: Condition, items: Sequence[Item]) -> list
     ]
 
 
-class Text(NamedTuple):
-    """A text whose tokens from `start` on are scored, and what the base model made of them."""
+class Reference(NamedTuple):
+    """A neutral text, and the base model's final hidden states that predict its answer."""
 
-    item_id: str
-    split: str  # neutral | chats
-    messages: list[dict[str, str]] | None  # the prompt of a chat; None for prose
-    prompt: list[int]
-    answer: list[int]
-    n_bytes: int
-    states_LxD: np.ndarray = np.empty(0)  # base model's final hidden states that predict the answer
+    text: NeutralText
+    states_LxD: np.ndarray
 
 
-def reference(c: ConfigDict, base: Model) -> list[Text]:
-    """The test split's neutral documents, and unrelated chats with the base's greedy answers."""
-    return prose(base, "test", c.eval.documents, c.eval.batch) + _chats(c, base)
+def references(base: Model, split: str, settings: ConfigDict) -> list[Reference]:
+    """A split's neutral documents, and unrelated chats with the base's greedy answers."""
+    limit, batch = settings.documents, settings.batch
+    chats = neutral.chats(base, split, settings.new_tokens, limit, batch)
+    return refer(base, neutral.prose(base, split, limit), batch) + refer(base, chats, batch)
 
 
-def prose(base: Model, split: str, limit: int, batch: int) -> list[Text]:
-    """Neutral documents of a split, at most `limit` of them (0 = all)."""
-    texts = []
-    for d in load_neutral("prose", split)[: limit or None]:
-        ids = base.tokenizer.encode(d["text"])
-        n_bytes = len(d["text"].encode())
-        texts.append(Text(d["id"], "neutral", None, ids[:1], ids[1:], n_bytes))
-    return _with_states(base, texts, batch)
-
-
-def _chats(c: ConfigDict, base: Model) -> list[Text]:
-    chats = load_neutral("chats", "test")[: c.eval.documents or None]
-    prompts = [base.encode_prompt(d["messages"]) for d in chats]
-    new = base.generate_each(prompts, c.eval.new_tokens, batch_size=c.eval.batch)
-    texts = []
-    for d, prompt, ids in zip(chats, prompts, new, strict=True):
-        n_bytes = len(base.tokenizer.decode(ids).encode())
-        texts.append(Text(d["id"], "chats", d["messages"], prompt, ids, n_bytes))
-    return _with_states(base, texts, c.eval.batch)
-
-
-def _with_states(base: Model, texts: list[Text], batch: int) -> list[Text]:
+def refer(base: Model, texts: Sequence[NeutralText], batch: int) -> list[Reference]:
+    """The texts as the base model reads them."""
     pairs = [(t.prompt, t.answer) for t in texts]
     states = _states(Condition(base, "base"), pairs, max(batch // 2, 1))
-    return [t._replace(states_LxD=s) for t, s in zip(texts, states, strict=True)]
+    return [Reference(t, s) for t, s in zip(texts, states, strict=True)]
 
 
-def retention_rows(c: ConfigDict, cond: Condition, texts: Sequence[Text]) -> list[Row]:
+def retention_rows(
+    cond: Condition, labels: dict[str, Any], known: Sequence[Reference], batch: int
+) -> list[Row]:
     """Per text: nll (nats), KL(base || arm) and top-1 agreement, own_ce on the base's own answers.
 
     A persona cannot be put in front of bare prose, so the prompt arm has no row there.
     """
+    prompts = [r.text.prompt for r in known]
     if cond.persona is not None:
-        texts = [t for t in texts if t.messages is not None]
-    pairs = [(_prompt(cond, t), t.answer) for t in texts]
-    states = _states(cond, pairs, max(c.eval.batch // 2, 1))
-    labels, out = cond.labels(c), []
-    for text, (prompt, answer), own in zip(texts, pairs, states, strict=True):
-        nll, kl, top1 = _compare(cond.model, own, text.states_LxD, answer)
+        known = [r for r in known if r.text.messages is not None]
+        turns = (cond.under_persona(r.text.messages or ()) for r in known)
+        prompts = [cond.model.encode_prompt(messages) for messages in turns]
+    pairs = [(prompt, r.text.answer) for prompt, r in zip(prompts, known, strict=True)]
+    out = []
+    states = _states(cond, pairs, max(batch // 2, 1))
+    for (text, base_LxD), (prompt, answer), own_LxD in zip(known, pairs, states, strict=True):
+        nll, kl, top1 = _compare(cond.model, own_LxD, base_LxD, answer)
         values = {"nll": nll, "kl": kl / len(answer), "top1": top1 / len(answer)}
-        if text.split == "chats":
+        if text.kind == "chats":
             values = {"own_ce": nll / len(answer)} | values
         out += [
             Row(
                 **labels,
-                split=text.split,
-                item_id=text.item_id,
-                cluster=text.item_id,
+                split=SPLIT_OF[text.kind],
+                item_id=text.id,
+                cluster=text.id,
                 metric=metric,
                 value=value,
                 n_tokens=len(answer),
@@ -128,7 +115,11 @@ def retention_rows(c: ConfigDict, cond: Condition, texts: Sequence[Text]) -> lis
 
 
 def cosine_rows(
-    c: ConfigDict, cond: Condition, vector: SteeringVector, items: Sequence[Item], around: int = 12
+    cond: Condition,
+    labels: dict[str, Any],
+    vector: SteeringVector,
+    items: Sequence[Item],
+    around: int = 12,
 ) -> list[Row]:
     """cos(h, v) at every layer and at positions counted from the first answer token (= 0).
 
@@ -143,8 +134,9 @@ def cosine_rows(
     )
     steer = as_steer(cond.steer, cond.model.arch, *tokens.shape)
     batch = meshes.put_rows((tokens, mask), cond.model.mesh)
-    found = _cosines(cond.model.decoder, cond.model.params, *batch, steer, vector.probe())
-    cosine_NxBxT, labels, out = meshes.fetch(found), cond.labels(c), []
+    asked = {"steer": steer, "probe": vector.probe(), "hidden": False}
+    found = read_at_once(cond.model.decoder, cond.model.params, *batch, **asked)
+    cosine_NxBxT, out = meshes.fetch(found.cosine_NxBxT), []
     for offset in range(-around, around):
         at_B = [len(p) + offset for p in prompts]
         fits = [b for b, t in enumerate(at_B) if 0 <= t < mask[b].sum()]
@@ -165,12 +157,6 @@ def cosine_rows(
     return out
 
 
-def _prompt(cond: Condition, text: Text) -> list[int]:
-    if cond.persona is None or text.messages is None:
-        return text.prompt
-    return cond.model.encode_prompt(cond.under_persona(text.messages))
-
-
 def _states(
     cond: Condition, pairs: Sequence[tuple[list[int], list[int]]], size: int
 ) -> list[np.ndarray]:
@@ -183,7 +169,8 @@ def _states(
         tokens, mask = pad(ids, cond.model.pad_id, left=False, rows=size, bucket=64)
         steer = as_steer(cond.steer, cond.model.arch, *tokens.shape)
         batch = meshes.put_rows((tokens, mask), cond.model.mesh)
-        hidden = meshes.fetch(_hidden(cond.model.decoder, cond.model.params, *batch, steer))
+        found = read_at_once(cond.model.decoder, cond.model.params, *batch, steer=steer)
+        hidden = meshes.fetch(found.hidden_BxTxD)
         for b, r in enumerate(rows):
             start = len(pairs[r][0]) - 1
             out[r] = hidden[b, start : start + len(pairs[r][1])]
@@ -204,11 +191,6 @@ def _compare(
 
 
 @partial(jax.jit, static_argnames=("decoder",))
-def _hidden(decoder: Decoder, params, tokens_BxT, mask_BxT, steer):
-    return decoder.apply({"params": params}, tokens_BxT, mask_BxT, steer=steer)[0]
-
-
-@partial(jax.jit, static_argnames=("decoder",))
 def _compare_states(decoder: Decoder, params, own_LxD, base_LxD, target_L, real_L):
     own = jax.nn.log_softmax(unembed(decoder, params, own_LxD), axis=-1)
     base = jax.nn.log_softmax(unembed(decoder, params, base_LxD), axis=-1)
@@ -216,16 +198,3 @@ def _compare_states(decoder: Decoder, params, own_LxD, base_LxD, target_L, real_
     kl_L = jnp.sum(jnp.exp(base) * (base - own), axis=-1)
     same_L = own.argmax(-1) == base.argmax(-1)
     return tuple(jnp.sum(x * real_L) for x in (nll_L, kl_L, same_L))
-
-
-@partial(jax.jit, static_argnames=("decoder",))
-def _cosines(decoder: Decoder, params, tokens_BxT, mask_BxT, steer, probe):
-    _, sown = decoder.apply(
-        {"params": params},
-        tokens_BxT,
-        mask_BxT,
-        steer=steer,
-        probe=probe,
-        mutable=["intermediates"],
-    )
-    return collect(sown["intermediates"], decoder.segments, "cosine")

@@ -47,31 +47,11 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     return float((ranks_I[labels_I].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 
-def dprime_c(hits: float, n_pos: float, fas: float, n_neg: float) -> tuple[float, float]:
+def dprime_c(hits: Array, n_pos: Array, fas: Array, n_neg: Array) -> tuple[Array, Array]:
     """Sensitivity d' = z(H) - z(FA) and criterion c = -(z(H) + z(FA))/2, rates (k + .5)/(n + 1)."""
-    dprime, c = _dprime_c(*(np.asarray(x, float) for x in (hits, n_pos, fas, n_neg)))
-    return float(dprime), float(c)
-
-
-def _dprime_c(hits: Array, n_pos: Array, fas: Array, n_neg: Array) -> tuple[Array, Array]:
     z_hit = scipy.stats.norm.ppf((hits + 0.5) / (n_pos + 1))
     z_fa = scipy.stats.norm.ppf((fas + 0.5) / (n_neg + 1))
     return z_hit - z_fa, -(z_hit + z_fa) / 2
-
-
-def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion k/n."""
-    if not 0 <= k <= n or n == 0:
-        raise ValueError(f"wilson: got k={k}, n={n}, expected 0 <= k <= n and n > 0.")
-    z = float(scipy.stats.norm.ppf(0.5 + level / 2))
-    center = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def mcnemar_exact(b: int, c: int) -> float:
-    """Two-sided exact McNemar p from the two discordant counts; 1 when there are none."""
-    return min(1.0, 2 * float(scipy.stats.binom.cdf(min(b, c), b + c, 0.5))) if b + c else 1.0
 
 
 def holm(p_values: ArrayLike) -> Array:
@@ -191,7 +171,7 @@ def bootstrap_dprime(
     counts = [cells.total(part) for part in parts]
 
     def statistic(which: int, w_RxC: Array, u_RxS: Array) -> Array:
-        return _dprime_c(*(((w_RxC @ n_SxC.T) * u_RxS).sum(1) for n_SxC in counts))[which]
+        return dprime_c(*(((w_RxC @ n_SxC.T) * u_RxS).sum(1) for n_SxC in counts))[which]
 
     dprime, c = (
         cells.interval(functools.partial(statistic, which), draws, level, rng_seed)

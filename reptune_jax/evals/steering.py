@@ -15,9 +15,12 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
-from reptune_jax.evals import arms, generation, scoring
+from reptune_jax.console import say
+from reptune_jax.data import neutral
+from reptune_jax.evals import arms, scoring
 from reptune_jax.evals.bench import Bench, prepare
 from reptune_jax.evals.results import Row, write_parquet
+from reptune_jax.folder import RunName, Study
 
 
 class Cell(NamedTuple):
@@ -31,16 +34,17 @@ class Cell(NamedTuple):
 
 def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Sweeps, chooses on validation, measures the choices on test."""
-    path = workdir / "results" / "steering.parquet"
+    study = Study(workdir)
+    path = study.steering
     if distributed.exists(path):
-        program.say(f"{path}: already there")
+        say(f"{path}: already there")
         return path
-    bench = bench or prepare(c, workdir)
+    bench = bench or prepare(c, study)
     rows: list[Row] = []
     for sign in c.study.signs:
         cells, found = sweep(bench, sign)
         rows += found
-        budgets = {"free": c.steer.max_kl or None, "equal KL": dual_kl(workdir, sign)}
+        budgets = {"free": c.steer.max_kl or None, "equal KL": dual_kl(study, sign)}
         if not any(budgets.values()):
             raise ValueError(
                 "steer.max_kl: got 0 and found no tuned dual run to be equal to, expected one of "
@@ -50,36 +54,36 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
         for name, budget in budgets.items():
             if budget is not None:
                 layer, dose = choose(cells, budget)
-                program.say(
-                    f"steer {sign:+d} ({name} <= {budget:.3g}): layer {layer}, dose {dose:.3g}"
-                )
+                say(f"steer {sign:+d} ({name} <= {budget:.3g}): layer {layer}, dose {dose:.3g}")
                 chosen[layer, dose] = arms.steered(bench.base, bench.vector, layer, dose, sign)
         swept = {(cell.layer, cell.dose) for cell in cells}
         for at, cond in chosen.items():
             # A chosen point of the sweep has retention rows already, on validation documents.
-            rows = [r for r in rows if at not in swept or not _is_kept(r, sign, *at)]
+            again = {(sign, *at, split) for split in ("neutral", "chats") if at in swept}
+            rows = [r for r in rows if (r.sign, r.layer, r.k, r.split) not in again]
             rows += bench.rows(cond)
             if "bake" in c.study.arms:
                 rows += bench.rows(arms.baked(cond))
     write_parquet(path, rows)
-    program.say(f"steering: {len(rows)} rows -> {path}")
+    say(f"steering: {len(rows)} rows -> {path}")
     return path
 
 
 def sweep(bench: Bench, sign: int) -> tuple[list[Cell], list[Row]]:
     """Every layer x dose on the validation split."""
     cells, rows = [], []
-    prose = scoring.prose(bench.base, "val", bench.c.steer.documents, bench.c.eval.batch)
+    batch = bench.c.eval.batch
+    prose = neutral.prose(bench.base, "val", bench.c.steer.documents)
+    known = scoring.refer(bench.base, prose, batch)
     for layer in bench.c.steer.layers:
         for dose in bench.c.steer.doses:
             cond = arms.steered(bench.base, bench.vector, layer, dose, sign)
-            program.say(f"sweeping {cond.title}")
-            behavior = bench.behavior(cond, "val")
-            kept = scoring.retention_rows(bench.c, cond, prose)
-            cells.append(
-                Cell(layer, dose, sign * _mean(behavior, _score(bench)), _mean(kept, "kl"))
-            )
-            rows += behavior + kept
+            say(f"sweeping {cond.title}")
+            moved = bench.behavior_rows(cond, "val")
+            kept = scoring.retention_rows(cond, bench.labels(cond), known, batch)
+            kl = float(np.mean([row.value for row in kept if row.metric == "kl"]))
+            cells.append(Cell(layer, dose, sign * bench.effect(moved), kl))
+            rows += moved + kept
     return cells, rows
 
 
@@ -106,31 +110,20 @@ def choose(cells: list[Cell], budget: float) -> tuple[int, float]:
     return best[1], best[2]
 
 
-def dual_kl(workdir: Path, sign: int) -> float | None:
+def dual_kl(study: Study, sign: int) -> float | None:
     """Mean KL on neutral prose that the study's tuned dual models of this sign cost."""
-    mark = "+" if sign > 0 else "-"
+    names = ((RunName.parse(run.path.name), run) for run in study.runs())
+    dual = [run for name, run in names if name and (name.arm, name.sign) == ("dual", sign)]
     found = [
         pq.read_table(
-            path, filters=[("metric", "==", "kl"), ("split", "==", "neutral")]
+            run.results, filters=[("metric", "==", "kl"), ("split", "==", "neutral")]
         ).to_pandas()
-        for path in sorted(workdir.glob(f"dual{mark}_s*/results/tuned.parquet"))
+        for run in dual
+        if run.results.exists()
     ]
     if not found:
         return None
     return float(np.mean([np.average(f["value"], weights=f["n_tokens"]) for f in found]))
-
-
-def _is_kept(row: Row, sign: int, layer: int, dose: float) -> bool:
-    same = (row.sign, row.layer, row.k) == (sign, layer, dose)
-    return same and row.split in ("neutral", "chats")
-
-
-def _score(bench: Bench) -> str:
-    return "vader" if generation.has_judge(bench.c) else "logodds"
-
-
-def _mean(rows: list[Row], metric: str) -> float:
-    return float(np.mean([r.value for r in rows if r.metric == metric]))
 
 
 if __name__ == "__main__":

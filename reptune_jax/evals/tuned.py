@@ -11,23 +11,25 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
+from reptune_jax.console import say
 from reptune_jax.evals import arms
 from reptune_jax.evals.bench import Bench, prepare
 from reptune_jax.evals.results import write_parquet
+from reptune_jax.folder import RunName, Study
 
 
 def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Measures the best checkpoint of the run that the config names."""
-    folder = workdir / program.run_name(c)
-    path = folder / "results" / "tuned.parquet"
-    if distributed.exists(path):
-        program.say(f"{path}: already there")
-        return path
-    bench = bench or prepare(c, workdir)
-    rows = bench.rows(arms.tuned(bench.base, folder))
-    write_parquet(path, rows)
-    program.say(f"{folder.name}: {len(rows)} rows -> {path}")
-    return path
+    study = Study(workdir)
+    tuned = study.run(RunName.of(c))
+    if distributed.exists(tuned.results):
+        say(f"{tuned.results}: already there")
+        return tuned.results
+    bench = bench or prepare(c, study)
+    rows = bench.rows(arms.tuned(bench.base, tuned.path))
+    write_parquet(tuned.results, rows)
+    say(f"{tuned.path.name}: {len(rows)} rows -> {tuned.results}")
+    return tuned.results
 
 
 if __name__ == "__main__":

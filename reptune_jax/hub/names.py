@@ -7,7 +7,7 @@ a family does not have is not looked up, so that families share rows.
 from typing import NamedTuple
 
 
-class Row(NamedTuple):
+class HFName(NamedTuple):
     """Where a leaf of ours is in a checkpoint."""
 
     hf: str  # name in the checkpoint, {l} is the layer
@@ -24,89 +24,89 @@ class Spelling(NamedTuple):
 
 
 AS_TABLED = Spelling()
-Table = dict[str, Row]  # our path within a layer (or at the top) -> Row
+Table = dict[str, HFName]  # our path within a layer (or at the top) -> HFName
 
 _L = "model.layers.{l}."
 
 # llama, and all that name their weights as it does
 TABLE: Table = {
-    "embed/embedding": Row("model.embed_tokens.weight"),  # [V, D]
-    "head/embedding": Row("lm_head.weight"),  # [V, D]
-    "final_norm/scale": Row("model.norm.weight"),  # [D]
-    "blocks/attn_norm/scale": Row(_L + "input_layernorm.weight"),
-    "blocks/mlp_norm/scale": Row(_L + "post_attention_layernorm.weight"),
-    "blocks/attn/q/kernel": Row(_L + "self_attn.q_proj.weight", 1),  # [D, H, Dh]
-    "blocks/attn/k/kernel": Row(_L + "self_attn.k_proj.weight", 1),  # [D, K, Dh]
-    "blocks/attn/v/kernel": Row(_L + "self_attn.v_proj.weight", 1),  # [D, K, Dh]
-    "blocks/attn/o/kernel": Row(_L + "self_attn.o_proj.weight", 2),  # [H, Dh, D]
-    "blocks/attn/q_norm/scale": Row(_L + "self_attn.q_norm.weight"),  # [Dh] or [H*Dh]
-    "blocks/attn/k_norm/scale": Row(_L + "self_attn.k_norm.weight"),  # [Dh] or [K*Dh]
-    "blocks/mlp/gate/kernel": Row(_L + "mlp.gate_proj.weight", 1),  # [D, F]
-    "blocks/mlp/up/kernel": Row(_L + "mlp.up_proj.weight", 1),  # [D, F]
-    "blocks/mlp/down/kernel": Row(_L + "mlp.down_proj.weight", 1),  # [F, D]
-    "blocks/attn/q/bias": Row(_L + "self_attn.q_proj.bias"),  # [H, Dh]
-    "blocks/attn/k/bias": Row(_L + "self_attn.k_proj.bias"),
-    "blocks/attn/v/bias": Row(_L + "self_attn.v_proj.bias"),
-    "blocks/attn/o/bias": Row(_L + "self_attn.o_proj.bias"),  # [D]
-    "blocks/mlp/gate/bias": Row(_L + "mlp.gate_proj.bias"),
-    "blocks/mlp/up/bias": Row(_L + "mlp.up_proj.bias"),
-    "blocks/mlp/down/bias": Row(_L + "mlp.down_proj.bias"),
+    "embed/embedding": HFName("model.embed_tokens.weight"),  # [V, D]
+    "head/embedding": HFName("lm_head.weight"),  # [V, D]
+    "final_norm/scale": HFName("model.norm.weight"),  # [D]
+    "blocks/attn_norm/scale": HFName(_L + "input_layernorm.weight"),
+    "blocks/mlp_norm/scale": HFName(_L + "post_attention_layernorm.weight"),
+    "blocks/attn/q/kernel": HFName(_L + "self_attn.q_proj.weight", 1),  # [D, H, Dh]
+    "blocks/attn/k/kernel": HFName(_L + "self_attn.k_proj.weight", 1),  # [D, K, Dh]
+    "blocks/attn/v/kernel": HFName(_L + "self_attn.v_proj.weight", 1),  # [D, K, Dh]
+    "blocks/attn/o/kernel": HFName(_L + "self_attn.o_proj.weight", 2),  # [H, Dh, D]
+    "blocks/attn/q_norm/scale": HFName(_L + "self_attn.q_norm.weight"),  # [Dh] or [H*Dh]
+    "blocks/attn/k_norm/scale": HFName(_L + "self_attn.k_norm.weight"),  # [Dh] or [K*Dh]
+    "blocks/mlp/gate/kernel": HFName(_L + "mlp.gate_proj.weight", 1),  # [D, F]
+    "blocks/mlp/up/kernel": HFName(_L + "mlp.up_proj.weight", 1),  # [D, F]
+    "blocks/mlp/down/kernel": HFName(_L + "mlp.down_proj.weight", 1),  # [F, D]
+    "blocks/attn/q/bias": HFName(_L + "self_attn.q_proj.bias"),  # [H, Dh]
+    "blocks/attn/k/bias": HFName(_L + "self_attn.k_proj.bias"),
+    "blocks/attn/v/bias": HFName(_L + "self_attn.v_proj.bias"),
+    "blocks/attn/o/bias": HFName(_L + "self_attn.o_proj.bias"),  # [D]
+    "blocks/mlp/gate/bias": HFName(_L + "mlp.gate_proj.bias"),
+    "blocks/mlp/up/bias": HFName(_L + "mlp.up_proj.bias"),
+    "blocks/mlp/down/bias": HFName(_L + "mlp.down_proj.bias"),
 }
 
 # norms on what attention and MLP write: gemma2, gemma3, olmo2
 _POST: Table = {
     **TABLE,
-    "blocks/attn_post_norm/scale": Row(_L + "post_attention_layernorm.weight"),
-    "blocks/mlp_norm/scale": Row(_L + "pre_feedforward_layernorm.weight"),
-    "blocks/mlp_post_norm/scale": Row(_L + "post_feedforward_layernorm.weight"),
+    "blocks/attn_post_norm/scale": HFName(_L + "post_attention_layernorm.weight"),
+    "blocks/mlp_norm/scale": HFName(_L + "pre_feedforward_layernorm.weight"),
+    "blocks/mlp_post_norm/scale": HFName(_L + "post_feedforward_layernorm.weight"),
 }
 
 _PHI3: Table = {
     **TABLE,
-    **{f"blocks/attn/{n}/kernel": Row(_L + "self_attn.qkv_proj.weight", 1) for n in "qkv"},
-    **{f"blocks/mlp/{n}/kernel": Row(_L + "mlp.gate_up_proj.weight", 1) for n in ("gate", "up")},
+    **{f"blocks/attn/{n}/kernel": HFName(_L + "self_attn.qkv_proj.weight", 1) for n in "qkv"},
+    **{f"blocks/mlp/{n}/kernel": HFName(_L + "mlp.gate_up_proj.weight", 1) for n in ("gate", "up")},
 }
 
 _G = "transformer.h.{l}."
 _GPT2: Table = {
-    "embed/embedding": Row("transformer.wte.weight"),
-    "positions/embedding": Row("transformer.wpe.weight"),  # [positions, D]
-    "head/embedding": Row("lm_head.weight"),
-    "final_norm/scale": Row("transformer.ln_f.weight"),
-    "final_norm/bias": Row("transformer.ln_f.bias"),
-    "blocks/attn_norm/scale": Row(_G + "ln_1.weight"),
-    "blocks/attn_norm/bias": Row(_G + "ln_1.bias"),
-    "blocks/mlp_norm/scale": Row(_G + "ln_2.weight"),
-    "blocks/mlp_norm/bias": Row(_G + "ln_2.bias"),
-    **{f"blocks/attn/{n}/kernel": Row(_G + "attn.c_attn.weight", 1, conv1d=True) for n in "qkv"},
-    **{f"blocks/attn/{n}/bias": Row(_G + "attn.c_attn.bias") for n in "qkv"},
-    "blocks/attn/o/kernel": Row(_G + "attn.c_proj.weight", 2, conv1d=True),
-    "blocks/attn/o/bias": Row(_G + "attn.c_proj.bias"),
-    "blocks/mlp/up/kernel": Row(_G + "mlp.c_fc.weight", 1, conv1d=True),
-    "blocks/mlp/up/bias": Row(_G + "mlp.c_fc.bias"),
-    "blocks/mlp/down/kernel": Row(_G + "mlp.c_proj.weight", 1, conv1d=True),
-    "blocks/mlp/down/bias": Row(_G + "mlp.c_proj.bias"),
+    "embed/embedding": HFName("transformer.wte.weight"),
+    "positions/embedding": HFName("transformer.wpe.weight"),  # [positions, D]
+    "head/embedding": HFName("lm_head.weight"),
+    "final_norm/scale": HFName("transformer.ln_f.weight"),
+    "final_norm/bias": HFName("transformer.ln_f.bias"),
+    "blocks/attn_norm/scale": HFName(_G + "ln_1.weight"),
+    "blocks/attn_norm/bias": HFName(_G + "ln_1.bias"),
+    "blocks/mlp_norm/scale": HFName(_G + "ln_2.weight"),
+    "blocks/mlp_norm/bias": HFName(_G + "ln_2.bias"),
+    **{f"blocks/attn/{n}/kernel": HFName(_G + "attn.c_attn.weight", 1, conv1d=True) for n in "qkv"},
+    **{f"blocks/attn/{n}/bias": HFName(_G + "attn.c_attn.bias") for n in "qkv"},
+    "blocks/attn/o/kernel": HFName(_G + "attn.c_proj.weight", 2, conv1d=True),
+    "blocks/attn/o/bias": HFName(_G + "attn.c_proj.bias"),
+    "blocks/mlp/up/kernel": HFName(_G + "mlp.c_fc.weight", 1, conv1d=True),
+    "blocks/mlp/up/bias": HFName(_G + "mlp.c_fc.bias"),
+    "blocks/mlp/down/kernel": HFName(_G + "mlp.c_proj.weight", 1, conv1d=True),
+    "blocks/mlp/down/bias": HFName(_G + "mlp.c_proj.bias"),
 }
 
 _X = "gpt_neox.layers.{l}."
 _QKV = _X + "attention.query_key_value."
 _GPT_NEOX: Table = {
-    "embed/embedding": Row("gpt_neox.embed_in.weight"),
-    "head/embedding": Row("embed_out.weight"),
-    "final_norm/scale": Row("gpt_neox.final_layer_norm.weight"),
-    "final_norm/bias": Row("gpt_neox.final_layer_norm.bias"),
-    "blocks/attn_norm/scale": Row(_X + "input_layernorm.weight"),
-    "blocks/attn_norm/bias": Row(_X + "input_layernorm.bias"),
-    "blocks/mlp_norm/scale": Row(_X + "post_attention_layernorm.weight"),
-    "blocks/mlp_norm/bias": Row(_X + "post_attention_layernorm.bias"),
-    **{f"blocks/attn/{n}/kernel": Row(_QKV + "weight", 1, by_head=True) for n in "qkv"},
-    **{f"blocks/attn/{n}/bias": Row(_QKV + "bias", by_head=True) for n in "qkv"},
-    "blocks/attn/o/kernel": Row(_X + "attention.dense.weight", 2),
-    "blocks/attn/o/bias": Row(_X + "attention.dense.bias"),
-    "blocks/mlp/up/kernel": Row(_X + "mlp.dense_h_to_4h.weight", 1),
-    "blocks/mlp/up/bias": Row(_X + "mlp.dense_h_to_4h.bias"),
-    "blocks/mlp/down/kernel": Row(_X + "mlp.dense_4h_to_h.weight", 1),
-    "blocks/mlp/down/bias": Row(_X + "mlp.dense_4h_to_h.bias"),
+    "embed/embedding": HFName("gpt_neox.embed_in.weight"),
+    "head/embedding": HFName("embed_out.weight"),
+    "final_norm/scale": HFName("gpt_neox.final_layer_norm.weight"),
+    "final_norm/bias": HFName("gpt_neox.final_layer_norm.bias"),
+    "blocks/attn_norm/scale": HFName(_X + "input_layernorm.weight"),
+    "blocks/attn_norm/bias": HFName(_X + "input_layernorm.bias"),
+    "blocks/mlp_norm/scale": HFName(_X + "post_attention_layernorm.weight"),
+    "blocks/mlp_norm/bias": HFName(_X + "post_attention_layernorm.bias"),
+    **{f"blocks/attn/{n}/kernel": HFName(_QKV + "weight", 1, by_head=True) for n in "qkv"},
+    **{f"blocks/attn/{n}/bias": HFName(_QKV + "bias", by_head=True) for n in "qkv"},
+    "blocks/attn/o/kernel": HFName(_X + "attention.dense.weight", 2),
+    "blocks/attn/o/bias": HFName(_X + "attention.dense.bias"),
+    "blocks/mlp/up/kernel": HFName(_X + "mlp.dense_h_to_4h.weight", 1),
+    "blocks/mlp/up/bias": HFName(_X + "mlp.dense_h_to_4h.bias"),
+    "blocks/mlp/down/kernel": HFName(_X + "mlp.dense_4h_to_h.weight", 1),
+    "blocks/mlp/down/bias": HFName(_X + "mlp.dense_4h_to_h.bias"),
 }
 
 _OTHERS = {

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from reptune_jax.hub.export import all_or_nothing, write_json
-from reptune_jax.hub.names import Row, table
+from reptune_jax.hub.names import HFName, table
 from reptune_jax.hub.safetensors_io import read_file
 from reptune_jax.hub.weights import abstract_params, matrix_shape
 from reptune_jax.model import lora
@@ -45,7 +45,7 @@ class Module(NamedTuple):
     layer: int
 
 
-class Pair(NamedTuple):
+class Factors(NamedTuple):
     """The two matrices of one module, and what their product is multiplied by."""
 
     a_RxI: np.ndarray
@@ -124,7 +124,7 @@ def _projections(arch: Arch) -> list[str]:
     return [path for path in lora.input_axes(arch) if tensors.count(_row(arch, path).hf) == 1]
 
 
-def _row(arch: Arch, path: str) -> Row:
+def _row(arch: Arch, path: str) -> HFName:
     return table(arch.family)[f"blocks/{path}/kernel"]
 
 
@@ -135,7 +135,7 @@ def _module_name(arch: Arch, module: Module) -> str:
 # ---------------------------------------------------------------- in
 
 
-def read_adapter(folder: Path, arch: Arch, base_sha: str) -> dict[Module, Pair]:
+def read_adapter(folder: Path, arch: Arch, base_sha: str) -> dict[Module, Factors]:
     """The pairs of an adapter folder, by our projection and layer.
 
     Raises:
@@ -212,7 +212,7 @@ def _pair(
     found: Mapping[str, np.ndarray],
     config: Mapping[str, Any],
     arch: Arch,
-) -> Pair:
+) -> Factors:
     name = _module_name(arch, module)
     if missing := {"A", "B"} - found.keys():
         raise ValueError(f"{folder}: {name} lacks lora_{missing.pop()}. Download it again.")
@@ -227,7 +227,7 @@ def _pair(
             f"{config.get('base_model_name_or_path')}. Load the model it was made for."
         )
     alpha = _of_module(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-    return Pair(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _of_module(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -239,7 +239,7 @@ def _of_module(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
 
 
 def changes(
-    pairs: Mapping[Module, Pair], arch: Arch
+    pairs: Mapping[Module, Factors], arch: Arch
 ) -> Iterator[tuple[str, list[int], np.ndarray]]:
     """(leaf, its layers L, what the adapter adds to them, float32 [L, ...]), leaf by leaf."""
     shapes = abstract_params(arch)

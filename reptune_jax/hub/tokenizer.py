@@ -1,7 +1,7 @@
-"""Tokenizers: built from GGUF metadata, chat texts, and where in a prompt a position is."""
+"""Tokenizers: built from GGUF metadata, chat texts, first tokens of verdicts."""
 
+import hashlib
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ _QWEN2_SPLIT = (
 )
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
-POSITIONS = "last, before_answer, response, all, or a negative offset from the end such as -2"
 
 
 def _smollm() -> Any:
@@ -202,87 +201,9 @@ def chat_text(
     return str(text)
 
 
-def answer_prefix(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], prefix: str
-) -> str:
-    """Chat text whose assistant turn already begins with `prefix`, for the model to continue."""
-    return chat_text(tokenizer, messages) + prefix
-
-
-def find_position(
-    tokenizer: "PreTrainedTokenizerBase",
-    text_or_ids: str | Sequence[int],
-    position: str | int,
-    prompt_length: int | None = None,
-    cue: str = "Answer",
-) -> int | slice:
-    """Index of a named position among the tokens, or a slice for `response` and `all`.
-
-    Positions are those of the prompt: its first `prompt_length` tokens, or everything. Text is
-    tokenized without special tokens, as `chat_text` contains them.
-
-    Raises:
-      ValueError: the position is unknown or is not in this prompt.
-    """
-    spans, text = _spans(tokenizer, text_or_ids)
-    n = len(spans)
-    if prompt_length is not None and not 0 < prompt_length <= n:
-        raise ValueError(
-            f"prompt_length: got {prompt_length}, expected 1 to {n}, the tokens given."
-        )
-    end = n if prompt_length is None else prompt_length
-    if position == "all":
-        return slice(0, n)
-    if position == "response":
-        if prompt_length is None or prompt_length == n:
-            raise _missing(
-                position, text, "there is no completion after the prompt (see prompt_length)"
-            )
-        return slice(prompt_length, n)
-    if position == "before_answer":
-        return _before_cue(spans[:end], text, cue)
-    return _from_end(position, end, text)
-
-
-def _from_end(position: str | int, end: int, text: str) -> int:
-    offset = -1 if position == "last" else position
-    if isinstance(offset, str) and re.fullmatch(r"-\d+", offset):
-        offset = int(offset)
-    if not isinstance(offset, int) or offset >= 0:
-        raise ValueError(f"position: got {position!r}, expected {POSITIONS}.")
-    if end + offset < 0:
-        raise _missing(position, text, f"the prompt has {end} tokens")
-    return end + offset
-
-
-def _before_cue(spans: Sequence[tuple[int, int]], text: str, cue: str) -> int:
-    prompt = text[: max((end for _, end in spans), default=0)]
-    newline = prompt.rfind(f"\n{cue}")
-    for index, (start, end) in enumerate(spans):
-        if start <= newline < end:
-            return index
-    raise _missing("before_answer", prompt, f"no line starts with {cue!r}")
-
-
-def _missing(position: str | int, text: str, why: str) -> ValueError:
-    return ValueError(
-        f"position: {position!r} is not in the prompt ending {text[-60:]!r}: {why}. "
-        f"Change the prompt, or use {POSITIONS}."
-    )
-
-
-def _spans(
-    tokenizer: "PreTrainedTokenizerBase", text_or_ids: str | Sequence[int]
-) -> tuple[list[tuple[int, int]], str]:
-    if isinstance(text_or_ids, str):
-        coded = tokenizer(text_or_ids, add_special_tokens=False, return_offsets_mapping=True)
-        return [(start, end) for start, end in coded["offset_mapping"]], text_or_ids
-    spans, pieces, length = [], [], 0
-    for token in text_or_ids:
-        pieces.append(str(tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)))
-        spans.append((length, length + len(pieces[-1])))
-        length += len(pieces[-1])
-    return spans, "".join(pieces)
+def template_sha(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Identifies the chat template a vector was read under."""
+    return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()[:12]
 
 
 def free_label_tokens(

@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
-from reptune_jax.hub.names import AS_TABLED, Row, Spelling, Table, table
+from reptune_jax.hub.names import AS_TABLED, HFName, Spelling, Table, table
 from reptune_jax.hub.names import TABLE as TABLE  # llama's, for those who know what they have
 from reptune_jax.hub.safetensors_io import TensorHandle
 from reptune_jax.hub.source import Source
@@ -160,15 +160,12 @@ def to_hf(
     names = _names(family, spelling)
     flat = _with_head(traverse_util.flatten_dict(params, sep="/"), spelling)
     for paths in _groups(flat, names):
-        found = {p: _array(flat[p]) for p in paths}
+        leaves = ((p, flat[p]) for p in paths)
+        found = {p: a.read() if isinstance(a, TensorHandle) else np.asarray(a) for p, a in leaves}
         for name, parts in _tensors(found, names):
             out = _join(parts)
             yield name, out if dtype is None else out.astype(dtype)
         del found, parts, out  # else two groups are held while the next is read
-
-
-def _array(leaf: Any) -> np.ndarray:
-    return leaf.read() if isinstance(leaf, TensorHandle) else np.asarray(leaf)
 
 
 def _with_head(flat: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
@@ -202,13 +199,13 @@ def _names(family: str, spelling: Spelling) -> Table:
     if spelling.bare:
         names = {p: row._replace(hf=row.hf.removeprefix(prefix)) for p, row in names.items()}
     if spelling.head:
-        names["head/embedding"] = Row(spelling.head)
+        names["head/embedding"] = HFName(spelling.head)
     return names
 
 
 # ------------------------------------------------------------------ one tensor and its parts
 
-Parts = list[tuple[np.ndarray, Row]]  # unstacked leaves of ours that one tensor holds
+Parts = list[tuple[np.ndarray, HFName]]  # unstacked leaves of ours that one tensor holds
 
 
 def _tensors(flat: Mapping[str, Any], names: Table) -> Iterator[tuple[str, Parts]]:
@@ -232,7 +229,7 @@ def _join(parts: Parts) -> np.ndarray:
         out = np.concatenate(laid, axis=1)
         out = out.reshape(-1, *out.shape[2:])
     else:
-        flat = [_flat_outputs(part, row) for part in laid]
+        flat = [part.reshape(_flat_shape(part.shape, row)) for part in laid]
         out = flat[0] if len(flat) == 1 else np.concatenate(flat)
     return np.ascontiguousarray(out.T if row.conv1d else out)
 
@@ -244,7 +241,9 @@ def _split(tensor: np.ndarray, parts: Parts) -> None:
         _outputs_first(leaf, row)[...] = piece  # a view of the leaf: writing here fills it
 
 
-def _pieces(tensor: np.ndarray, parts: Sequence[tuple[tuple[int, ...], Row]]) -> list[np.ndarray]:
+def _pieces(
+    tensor: np.ndarray, parts: Sequence[tuple[tuple[int, ...], HFName]]
+) -> list[np.ndarray]:
     """The tensor -> its part for each leaf of these shapes, laid outputs first."""
     row, start, out = parts[0][1], 0, []
     laid = [_moved(shape, row) for shape, row in parts]
@@ -260,17 +259,13 @@ def _pieces(tensor: np.ndarray, parts: Sequence[tuple[tuple[int, ...], Row]]) ->
     return out
 
 
-def _outputs_first(leaf: np.ndarray, row: Row) -> np.ndarray:
+def _outputs_first(leaf: np.ndarray, row: HFName) -> np.ndarray:
     """[in…, out…] -> [out…, in…], a view."""
     axes = range(leaf.ndim)
     return leaf.transpose(*axes[row.inputs :], *axes[: row.inputs])
 
 
-def _flat_outputs(laid: np.ndarray, row: Row) -> np.ndarray:
-    return laid.reshape(_flat_shape(laid.shape, row))
-
-
-def _flat_shape(laid: tuple[int, ...], row: Row) -> tuple[int, ...]:
+def _flat_shape(laid: tuple[int, ...], row: HFName) -> tuple[int, ...]:
     """[out…, in…] -> [out, in]; a bias [H, Dh] -> [H*Dh]; what is stored as it is stays."""
     if row.inputs:
         outs = len(laid) - row.inputs
@@ -293,7 +288,7 @@ def matrix_shape(family: str, path: str, shape: tuple[int, ...]) -> tuple[int, i
     return out, inputs
 
 
-def _moved(shape: tuple[int, ...], row: Row) -> tuple[int, ...]:
+def _moved(shape: tuple[int, ...], row: HFName) -> tuple[int, ...]:
     return (*shape[row.inputs :], *shape[: row.inputs])
 
 

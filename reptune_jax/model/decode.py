@@ -6,8 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from reptune_jax.model.cache import Cache
 from reptune_jax.model.intervene import Steer
-from reptune_jax.model.transformer import Cache, Decoder, unembed
+from reptune_jax.model.transformer import Decoder, unembed
 
 
 @partial(jax.jit, static_argnames=("decoder", "max_new"), donate_argnames=("cache",))

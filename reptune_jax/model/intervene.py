@@ -4,9 +4,13 @@ every row of a batch carries its own dose at every layer, its own operation and 
 so a whole layer x dose sweep is one compiled program.
 """
 
+from typing import Protocol
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from reptune_jax.model.arch import Arch
 
 _EPS = 1e-8
 
@@ -22,6 +26,19 @@ class Steer:
     add_NxB: jax.Array  # a: multiples of v added
     ablate_NxB: jax.Array  # c: share of the component along v removed (1 = all)
     token_BxT: jax.Array  # 1 where the edit applies
+
+
+class Steerable(Protocol):
+    """What `steer=` accepts besides a ready `Steer`: a SteeringVector."""
+
+    def steer(self, arch: Arch, B: int, T: int) -> Steer: ...
+
+
+def as_steer(steer: Steerable | Steer | None, arch: Arch, B: int, T: int) -> Steer | None:
+    """Every way to say "steer" becomes the same data."""
+    if steer is None or isinstance(steer, Steer):
+        return steer
+    return steer.steer(arch, B, T)
 
 
 def steer_all(direction_NxD: jax.Array, dose_N: jax.Array, B: int, T: int) -> Steer:

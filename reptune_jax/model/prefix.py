@@ -12,8 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from reptune_jax.model.cache import Cache, init_cache
 from reptune_jax.model.intervene import Steer
-from reptune_jax.model.transformer import Cache, Decoder, init_cache
+from reptune_jax.model.transformer import Decoder
 
 _MULTIPLE = 8  # shared lengths are rounded down to this, so that few shapes are compiled
 
@@ -35,7 +36,7 @@ def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:
 
 def apply_after(
     decoder: Decoder,
-    params: dict[str, Any],
+    variables: dict[str, Any],
     prefix: Prefix | None,
     tokens_BxT: jax.Array,
     mask_BxT: jax.Array,
@@ -46,19 +47,21 @@ def apply_after(
     Hidden states, reads and cosines are those of the T remaining tokens.
     """
     if prefix is None:
-        return decoder.apply({"params": params}, tokens_BxT, mask_BxT, **asked)
+        return decoder.apply(variables, tokens_BxT, mask_BxT, **asked)
     B, P = len(tokens_BxT), prefix.tokens_1xP.shape[1]
     mask_BxS = jnp.concatenate([jnp.ones((B, P), mask_BxT.dtype), mask_BxT], axis=1)
-    cache = _spread(decoder, params, prefix, mask_BxS)
-    return decoder.apply({"params": params}, tokens_BxT, mask_BxS, cache=cache, slot=P, **asked)
+    cache = _spread(decoder, variables, prefix, mask_BxS)
+    return decoder.apply(variables, tokens_BxT, mask_BxS, cache=cache, slot=P, **asked)
 
 
-def _spread(decoder: Decoder, params: dict[str, Any], prefix: Prefix, mask_BxS: jax.Array) -> Cache:
+def _spread(
+    decoder: Decoder, variables: dict[str, Any], prefix: Prefix, mask_BxS: jax.Array
+) -> Cache:
     """A cache of B rows that holds the prefix, computed for one of them."""
     B, S = mask_BxS.shape
     empty = init_cache(decoder.arch, 1, S, decoder.dtype)
     _, cache = decoder.apply(
-        {"params": params},
+        variables,
         prefix.tokens_1xP,
         jnp.ones((1, S), mask_BxS.dtype),
         steer=prefix.steer,

@@ -12,7 +12,7 @@ from reptune_jax.model.transformer import unembed
 @partial(jax.jit, static_argnames=("decoder", "L"))
 def continuations(decoder, params, prefix, tokens_BxT, mask_BxT, start_B, steer, *, L):
     """Summed log-probability of the tokens from `start_B` on, and whether each is the argmax."""
-    hidden, _ = apply_after(decoder, params, prefix, tokens_BxT, mask_BxT, steer=steer)
+    hidden, _ = apply_after(decoder, {"params": params}, prefix, tokens_BxT, mask_BxT, steer=steer)
     at_BxL = start_B[:, None] + jnp.arange(L)
     real_BxL = at_BxL < mask_BxT.sum(axis=1, keepdims=True)
     at_BxL = jnp.minimum(at_BxL, tokens_BxT.shape[1] - 1)
@@ -33,7 +33,7 @@ def continuations(decoder, params, prefix, tokens_BxT, mask_BxT, start_B, steer,
 @partial(jax.jit, static_argnames=("decoder",))
 def candidates(decoder, params, prefix, tokens_BxT, mask_BxT, candidates_BxC, steer):
     """The last real token of every row predicts its next one."""
-    hidden, _ = apply_after(decoder, params, prefix, tokens_BxT, mask_BxT, steer=steer)
+    hidden, _ = apply_after(decoder, {"params": params}, prefix, tokens_BxT, mask_BxT, steer=steer)
     last_B = mask_BxT.sum(axis=1) - 1
     hidden_BxD = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)[:, 0]
     logits_BxV = unembed(decoder, params, hidden_BxD)

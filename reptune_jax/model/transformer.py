@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 
 from reptune_jax.model import attention, intervene
+from reptune_jax.model import cache as caches
 from reptune_jax.model.arch import Arch, Layer
+from reptune_jax.model.cache import Cache
 from reptune_jax.model.norms import Norm
 from reptune_jax.model.rope import rope_tables, rotate
 
-Cache = dict[str, jax.Array]  # k, v: [N, B, K, S, Dh]
 Segments = tuple[tuple[str, int], ...]  # (name, number of layers), bottom to top
 
 REMAT = {
@@ -110,8 +111,8 @@ class Attention(nn.Module):
         k, v = (jnp.swapaxes(x, 1, 2) for x in (k_BxTxKxDh, heads("v", a.K)))  # [B, K, T, Dh]
         if cache is not None:
             cache = {
-                "k": _write(cache["k"], k, layer.index_N, shared.slot),
-                "v": _write(cache["v"], v, layer.index_N, shared.slot),
+                "k": caches.write(cache["k"], k, layer.index_N, shared.slot),
+                "v": caches.write(cache["v"], v, layer.index_N, shared.slot),
             }
             k, v = (
                 jax.lax.dynamic_index_in_dim(cache[name], layer.index_N, keepdims=False)
@@ -198,7 +199,11 @@ class Block(nn.Module):
 
     def _after(self, name: str, x_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = self._norm(name, x_BxTxD) if self.arch.post_norm else x_BxTxD
-        return _scaled(x_BxTxD, self.arch.residual_scale)
+        scale = self.arch.residual_scale
+        if scale == 1:
+            return x_BxTxD
+        # In float32: a Python number would be rounded to x's dtype first.
+        return (x_BxTxD.astype(jnp.float32) * scale).astype(x_BxTxD.dtype)
 
     def _sow(self, x_BxTxD: jax.Array, layer: PerLayer, shared: Shared) -> None:
         def sow(name: str, value: jax.Array) -> None:
@@ -372,33 +377,14 @@ def whole(arch: Arch, dtype: Any = jnp.float32, rows: Any = None) -> Decoder:
     return Decoder(arch, (("blocks", arch.N),), dtype, rows=rows)
 
 
-def _scaled(x: jax.Array, scale: float) -> jax.Array:
-    """In float32: a Python number would be rounded to x's dtype first."""
-    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
-
-
 def unembed(decoder: Decoder, params: Any, hidden_xD: jax.Array) -> jax.Array:
     """`Decoder.logits` as a function of the parameters: [..., D] -> float32 [..., V]."""
     logits = decoder.apply({"params": params}, hidden_xD, method="logits")
     return cast(jax.Array, logits)
 
 
-def collect(intermediates: dict[str, Any], segments: Segments, name: str) -> jax.Array:
-    """Joins what the segments that ran sowed under `name` back into one [N, ...] array."""
-    parts = [intermediates[segment][name] for segment, _ in segments if segment in intermediates]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def init_cache(arch: Arch, B: int, S: int, dtype: Any) -> Cache:
-    """An empty key/value cache for S tokens."""
-    shape = (arch.N, B, arch.K, S, arch.Dh)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
-
-
-def _write(
-    cache_NxBxKxSxDh: jax.Array, new_BxKxTxDh: jax.Array, layer: jax.Array, slot: jax.Array | int
-) -> jax.Array:
-    """Writes in place (the cache is the scan's carry, so XLA does not copy it layer by layer)."""
-    return jax.lax.dynamic_update_slice(
-        cache_NxBxKxSxDh, new_BxKxTxDh[None].astype(cache_NxBxKxSxDh.dtype), (layer, 0, 0, slot, 0)
-    )
+def collect(intermediates: dict[str, Any], segments: Segments, name: str) -> jax.Array | None:
+    """Joins what the segments that ran sowed under `name` into one [N, ...] array; None if none."""
+    ran = (intermediates[segment] for segment, _ in segments if segment in intermediates)
+    parts = [sown[name] for sown in ran if name in sown]
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0] if parts else None

@@ -1,43 +1,44 @@
-"""Program: the report of a study folder, as one HTML page or as Markdown tables."""
+"""Program: the report of a study folder, as one HTML page or as Markdown tables.
 
-from absl import app, flags, logging
+    python -m reptune_jax.report runs/sentiment [--markdown]
 
-from reptune_jax.report import html, study, tables, verdicts
+Writes `report/index.html` and `report/plots/*.png` in the study folder.
+"""
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The study folder.", required=True)
-_MARKDOWN = flags.DEFINE_bool(
-    "markdown",
-    False,
-    "Print the headline, comparison, claims and retention tables instead of writing the page.",
-)
-_PRIMARY = flags.DEFINE_string(
-    "primary",
-    None,
-    "Primary measure as metric:format, e.g. logodds:free. Default: claims, then log-odds.",
-)
-_MARGIN = flags.DEFINE_float(
-    "margin", tables.MARGIN, "Non-inferiority margin in nats per token.", lower_bound=0.0
-)
-_KL_BUDGET = flags.DEFINE_float(
-    "kl_budget",
-    None,
-    "KL in nats/token at which steering is compared. Default: the dual arm's own.",
-)
+from absl import flags
+
+from reptune_jax import command_line, program
+from reptune_jax.console import say
+from reptune_jax.report import html, markdown, study
 
 
-def main(argv: list[str]) -> None:
-    """Reads the study, writes WORKDIR/report/index.html or prints Markdown."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Pass the folder as --workdir=DIR.")
-    read = study.read(_WORKDIR.value, _PRIMARY.value, _KL_BUDGET.value)
-    if _MARKDOWN.value:
-        print(tables.headline_markdown(read))
-        print(tables.family_markdown(read))
-        print(verdicts.verdicts_markdown(read))
-        print(tables.retention_markdown(read, _MARGIN.value))
-        return
-    logging.info("Wrote %s", html.write(read, _MARGIN.value))
+def main() -> None:
+    """Flags; the folder is the one argument, or --workdir."""
+    workdir = flags.DEFINE_string("workdir", None, "the study folder")
+    tables = flags.DEFINE_bool("markdown", False, "print the tables instead of writing the page")
+    primary = flags.DEFINE_string(
+        "primary", None, "metric:format, e.g. logodds:free; by default what the study declares"
+    )
+    margin = flags.DEFINE_float(
+        "margin", study.MARGIN, "non-inferiority margin, nats per token", lower_bound=0.0
+    )
+    budget = flags.DEFINE_float(
+        "kl_budget", None, "KL, nats per token, at which steering is compared; by default dual's"
+    )
+    shown = ("workdir", "markdown", "primary", "margin", "kl_budget")
+
+    def entry(argv: list[str]) -> None:
+        named = [*argv[1:], *([workdir.value] if workdir.value else [])]
+        if len(named) != 1:
+            raise ValueError(f"got {named}, expected one study folder. Example: --workdir=runs/x.")
+        read = study.read(named[0], primary.value, budget.value, float(margin.value or 0))
+        if tables.value:
+            print(markdown.render(read))
+        else:
+            say(f"report: {html.write(read)}")
+
+    program.call(lambda: command_line.run(entry, __doc__, shown))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -74,3 +74,11 @@ COSINE = _line("""
     averaged over items and seeds; one scale for all panels. A manipulation check: it is what was
     trained, so it is no evidence of behavior.
 """)
+GENERATIONS = _line("""
+    Drawn with a fixed seed among the items that every arm answered; first training seed of each
+    tuned arm{score}.
+""")
+FAILURES = _line("""
+    By the primary measure, worst first, both signs. A positive change on a − arm, or a negative one
+    on a + arm, is a failure.
+""")

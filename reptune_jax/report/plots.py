@@ -1,10 +1,6 @@
-"""The figures of the report, in one style. A plot returns None when its data are missing."""
+"""The figures of the report. A plot returns None when its data are missing."""
 
-import base64
-import io
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -13,68 +9,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reptune_jax.evals.measures import Measure
 from reptune_jax.report import study as studies
-from reptune_jax.report.study import BASE, SIGNS, Condition, Measure, Study
+from reptune_jax.report.study import BASE, SIGNS, Setting, Study
+from reptune_jax.report.style import COLORS, MARKERS
 
-# Okabe-Ito, safe for colour-blind readers; arms also differ by marker, and signs by line style.
-COLORS = {
-    "base": "#000000", "prompt": "#E69F00", "steer": "#56B4E9", "bake": "#0072B2",
-    "token": "#009E73", "vector": "#CC79A7", "dual": "#D55E00", "random": "#8C8C8C",
-    "out": "#6F5B3E",
-}  # fmt: skip
-MARKERS = {
-    "base": "o", "prompt": "s", "steer": "o", "bake": "P", "token": "D", "vector": "v", "dual": "^",
-    "random": "X", "out": "h",
-}  # fmt: skip
+_RANK = {arm: rank for rank, arm in enumerate(COLORS)}
 DASHES = {1: "-", -1: (0, (4, 2)), 0: "-"}
 _KL_TICKS = (
-    0.0001,
-    0.0005,
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    0.75,
-    1,
-    1.5,
-    2,
-    3,
-    5,
-    10,
-)
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titleweight": "normal",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8.5,
-    "axes.linewidth": 0.6,
-    "axes.edgecolor": "#555555",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "xtick.labelcolor": "#222222",
-    "ytick.labelcolor": "#222222",
-    "lines.linewidth": 1.4,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "figure.constrained_layout.use": True,
-    "svg.hashsalt": "reptune",
-}
+    0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3,
+    5, 10,
+)  # fmt: skip
 
 
 def forest(study: Study, measure: Measure) -> Figure | None:
@@ -85,11 +30,11 @@ def forest(study: Study, measure: Measure) -> Figure | None:
     figure, axes = _subplots(1, 1, 7.4, 0.6 + 0.27 * len(arms))
     ax = axes[0]
     ax.axvline(0, color="#555555", lw=0.8)
-    for y, condition in enumerate(reversed(arms)):
-        rows, color = _delta(study, condition, measure), COLORS[condition.arm]
+    for y, setting in enumerate(reversed(arms)):
+        rows, color = _delta(study, setting, measure), COLORS[setting.arm]
         ci = studies.interval(rows)
         ax.plot([ci.low, ci.high], [y, y], color=color, lw=1.8, solid_capstyle="butt")
-        ax.plot(ci.estimate, y, MARKERS[condition.arm], color=color, ms=6)
+        ax.plot(ci.estimate, y, MARKERS[setting.arm], color=color, ms=6)
         per_seed = rows.groupby("seed").delta.mean()
         if len(per_seed) > 1:
             ax.plot(per_seed, [y - 0.28] * len(per_seed), ".", color=color, ms=3.5, alpha=0.75)
@@ -102,7 +47,7 @@ def forest(study: Study, measure: Measure) -> Figure | None:
 
 def pareto(study: Study, measure: Measure) -> Figure | None:
     """Effect against KL to base, prose and chats: sweeps as one line per layer, arms as points."""
-    splits = [s for s in ("neutral", "chats") if any(study.conditions("kl", s))]
+    splits = [s for s in ("neutral", "chats") if any(study.settings("kl", s))]
     arms = [c for c in study.picks("test", skip=["base"]) if not _delta(study, c, measure).empty]
     sweep = _sweep(study, measure)
     if not splits or not (arms or sweep):
@@ -110,18 +55,16 @@ def pareto(study: Study, measure: Measure) -> Figure | None:
     figure, axes = _subplots(1, len(splits), 7.4, 3.7, sharey=True)
     for ax, split in zip(axes, splits, strict=True):
         _sweep_lines(ax, study, measure, sweep, split)
-        for condition in arms:
-            kl, effect = (
-                studies.per_token(study.where(condition, "kl", split)),
-                _ci(study, condition, measure),
-            )
+        for setting in arms:
+            kl = studies.per_token(study.where(setting, "kl", split))
+            effect = studies.interval(_delta(study, setting, measure))
             if not math.isfinite(kl.estimate):
                 continue
-            color, filled = COLORS[condition.arm], condition.sign > 0
+            color, filled = COLORS[setting.arm], setting.sign > 0
             ax.errorbar(
                 kl.estimate, effect.estimate, xerr=_bars(kl), yerr=_bars(effect), color=color,
-                marker=MARKERS[condition.arm], ms=6.5, mfc=color if filled else "white", mew=1.3,
-                elinewidth=0.8, zorder=3, label=condition.name,
+                marker=MARKERS[setting.arm], ms=6.5, mfc=color if filled else "white", mew=1.3,
+                elinewidth=0.8, zorder=3, label=setting.name,
             )  # fmt: skip
         ax.axhline(0, color="#555555", lw=0.8)
         ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
@@ -146,9 +89,9 @@ def dose_response(study: Study, measure: Measure) -> Figure | None:
     layers = sorted({c.layer for c in sweep})
     for color, layer in zip(_shades(len(layers)), layers, strict=True):
         at = {0.0: base} if math.isfinite(base.estimate) else {}
-        for condition in (c for c in sweep if c.layer == layer):
-            rows = study.measured(condition, measure, split)
-            at[condition.dose] = studies.interval(rows, "value")
+        for setting in (c for c in sweep if c.layer == layer):
+            rows = study.measured(setting, measure, split)
+            at[setting.dose] = studies.interval(rows, "value")
         points = sorted(at.items(), key=lambda point: point[0])
         doses, cis = zip(*points, strict=True)
         ax.fill_between(
@@ -183,7 +126,8 @@ def curves(study: Study) -> Figure | None:
     figure, axes = _subplots(lines, columns, 7.6, 0.5 + 1.75 * lines)
     for ax, name in zip(axes, shown, strict=False):
         runs = study.curves.groupby(["arm", "sign", "run"])
-        for (arm, sign, _run), rows in sorted(runs, key=lambda run: _run_order(*run[0])):
+        ranked = sorted(runs, key=lambda r: (_RANK.get(r[0][0], len(_RANK)), -r[0][1], r[0][2]))
+        for (arm, sign, _run), rows in ranked:
             rows = rows.dropna(subset=[name])
             color, label = COLORS.get(arm, "#444444"), f"{arm} {SIGNS[sign]}".strip()
             ax.plot(
@@ -251,11 +195,11 @@ def histogram(study: Study, measure: Measure) -> Figure | None:
     lines = math.ceil(len(arms) / columns)
     figure, axes = _subplots(lines, columns, 7.6, 0.4 + 1.6 * lines, sharex=True)
     for ax, arm in zip(axes, arms, strict=False):
-        for condition, deltas in items.items():
-            if condition.arm == arm:
-                color = "#0072B2" if condition.sign > 0 else "#D55E00"
-                wrong = (condition.sign * deltas < 0).mean()
-                label = f"{SIGNS[condition.sign]}  {100 * wrong:.0f} % against"
+        for setting, deltas in items.items():
+            if setting.arm == arm:
+                color = "#0072B2" if setting.sign > 0 else "#D55E00"
+                wrong = (setting.sign * deltas < 0).mean()
+                label = f"{SIGNS[setting.sign]}  {100 * wrong:.0f} % against"
                 ax.hist(deltas, edges, color=color, alpha=0.28, lw=0)
                 ax.hist(deltas, edges, histtype="step", color=color, lw=1.1, label=label)
         ax.axvline(0, color="#555555", lw=0.8)
@@ -270,20 +214,6 @@ def histogram(study: Study, measure: Measure) -> Figure | None:
     return figure
 
 
-def draw(plot: Callable[..., Figure | None], *args: Any, png: Path | None = None) -> str:
-    """The plot as an SVG data URI, and as a PNG file; "" when its data are missing."""
-    with mpl.rc_context(STYLE):
-        figure = plot(*args)
-        if figure is None:
-            return ""
-        if png is not None:
-            figure.savefig(png, dpi=160, facecolor="white")
-            figure.set_layout_engine("none")  # laid out already, and slow
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _subplots(
     lines: int, columns: int, width: float, height: float, **kw: Any
 ) -> tuple[Figure, Any]:
@@ -291,12 +221,8 @@ def _subplots(
     return figure, figure.subplots(lines, columns, squeeze=False, **kw).ravel()
 
 
-def _delta(study: Study, condition: Condition, measure: Measure) -> pd.DataFrame:
-    return study.delta(condition, BASE, measure, "test")
-
-
-def _ci(study: Study, condition: Condition, measure: Measure) -> Any:
-    return studies.interval(_delta(study, condition, measure))
+def _delta(study: Study, setting: Setting, measure: Measure) -> pd.DataFrame:
+    return study.delta(setting, BASE, measure, "test")
 
 
 def _bars(ci: Any) -> list[list[float]]:
@@ -309,34 +235,31 @@ def _sweep_split(study: Study, measure: Measure) -> str:
     return max(count, key=lambda split: count[split])
 
 
-def _sweep(study: Study, measure: Measure) -> list[Condition]:
+def _sweep(study: Study, measure: Measure) -> list[Setting]:
     return _steered(study, measure, _sweep_split(study, measure))
 
 
-def _steered(study: Study, measure: Measure, split: str) -> list[Condition]:
-    found = study.conditions(measure.metric, split, measure.format)
+def _steered(study: Study, measure: Measure, split: str) -> list[Setting]:
+    found = study.settings(measure.metric, split, measure.format)
     return [c for c in found if c.arm == "steer"]
 
 
 def _sweep_lines(
-    ax: Axes, study: Study, measure: Measure, sweep: list[Condition], split: str
+    ax: Axes, study: Study, measure: Measure, sweep: list[Setting], split: str
 ) -> None:
-    layers = sorted({c.layer for c in sweep})
+    layers, swept = sorted({c.layer for c in sweep}), _sweep_split(study, measure)
     for color, layer in zip(_shades(len(layers)), layers, strict=True):
         for sign in (1, -1):
             at = [c for c in sweep if c.layer == layer and c.dose * sign > 0]
-            points = [(0.0, 0.0)] + [(study.kl(c, split), _mean(study, c, measure)) for c in at]
+            points = [(0.0, 0.0)] + [
+                (study.kl(c, split), study.delta(c, BASE, measure, swept).delta.mean()) for c in at
+            ]
             points = sorted(p for p in points if all(map(math.isfinite, p)))
             if len(points) > 1:
                 label = f"steering sweep, {_layer(layer)}" if sign > 0 else None
                 ax.plot(
                     *zip(*points, strict=True), ".-", color=color, lw=1, ms=4, zorder=1, label=label
                 )
-
-
-def _mean(study: Study, condition: Condition, measure: Measure) -> float:
-    split = _sweep_split(study, measure)
-    return float(study.delta(condition, BASE, measure, split).delta.mean())
 
 
 def _shades(n: int) -> list[Any]:
@@ -362,10 +285,6 @@ def _kl_ticks(limit: float) -> list[float]:
         if tick <= limit and np.sqrt(tick) - np.sqrt(ticks[-1]) > 0.12 * np.sqrt(limit):
             ticks.append(tick)
     return ticks
-
-
-def _run_order(arm: str, sign: int, run: str) -> tuple[Any, ...]:
-    return list(COLORS).index(arm) if arm in COLORS else len(COLORS), -sign, run
 
 
 def _legend_below(figure: Figure, ax: Axes) -> None:

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,19 @@ import numpy as np
 import pandas as pd
 from safetensors import safe_open
 
-from reptune_jax.evals import results, stats
+from reptune_jax import folder as folders
+from reptune_jax.data import behavior as behaviors
+from reptune_jax.data.schema import Item
+from reptune_jax.evals import measures, results, stats
+from reptune_jax.evals.measures import Measure
 from reptune_jax.evals.stats import Interval
 
-BEHAVIORS = Path(__file__).parent.parent / "data" / "behaviors"
 SIGNS = {1: "+", -1: "−", 0: ""}
-_RUN = re.compile(r"(?P<arm>[a-z]+)(?P<sign>[+-])_s(?P<seed>\d+)")
 _KEY = ["item_id", "template", "format", "order"]
-_MEASURES = (("vader", "free"), ("logodds", "free"), ("logodds", "claim"), ("logodds", "ab"))
-_PRIMARY = (("logodds", "claim"), ("logodds", "free"), ("logodds", "ab"), ("vader", "free"))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Condition:
+class Setting:
     """What is compared: an arm, its sign and, for steering, dose and layer; seeds lie within."""
 
     arm: str
@@ -45,33 +44,16 @@ class Condition:
         return self.k if self.k < 0 else self.k * (self.sign or 1)
 
 
-BASE = Condition("base")
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """A behavior metric on one format of items, never pooled with another format's scale."""
-
-    metric: str
-    format: str
-
-    @property
-    def label(self) -> str:
-        """What the number is, for headings and axes."""
-        if self.metric == "vader":
-            return "VADER of generated answers"
-        kind = {"free": "open prompts", "claim": "claims", "ab": "scenarios"}
-        return f"Log-odds, {kind.get(self.format, self.format)} (nats)"
-
-
-Cell = tuple[Condition, str, str, str]  # condition, metric, split, format
+BASE = Setting("base")
+MARGIN = 0.02  # nats per token, the default non-inferiority margin
+Cell = tuple[Setting, str, str, str]  # setting, metric, split, format
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
     """Everything the report reads."""
 
-    folder: Path
+    folder: folders.Study
     rows: pd.DataFrame
     curves: pd.DataFrame  # metrics.jsonl of every run, with run, arm, sign, seed
     config: dict[str, Any]
@@ -79,36 +61,48 @@ class Study:
     prompts: dict[str, str]  # item_id -> the user's last message
     negated: frozenset[str]  # item_ids of claims with a "not"
     primary: Measure | None
-    primary_chosen: bool = False  # by the caller, instead of by the default order
+    primary_chosen: bool = False  # by the caller, against what the study declared
     kl_budget: float | None = None
+    margin: float = MARGIN
 
     @functools.cached_property
     def cells(self) -> dict[Cell, pd.DataFrame]:
-        """The rows of each (condition, metric, split, format); looking one up costs nothing."""
+        """The rows of each (setting, metric, split, format); looking one up costs nothing."""
         rows = self.rows[~self.rows.metric.isin(["cos", "judge"])]
         cells: dict[Cell, pd.DataFrame] = {}
         keys = ["arm", "sign", "k", "layer", "metric", "split", "format"]
         for (arm, sign, k, layer, *rest), found in rows.groupby(keys, sort=False):
-            condition = BASE if arm == "base" else Condition(arm, int(sign), k, int(layer))
-            cells[condition, *rest] = found
+            setting = BASE if arm == "base" else Setting(arm, int(sign), k, int(layer))
+            cells[setting, *rest] = found
         return cells
 
-    def where(self, condition: Condition, metric: str, split: str = "") -> pd.DataFrame:
-        """The rows of one condition and metric, of one split or of all."""
+    def where(self, setting: Setting, metric: str, split: str = "") -> pd.DataFrame:
+        """The rows of one setting and metric, of one split or of all."""
         found = [
             rows
             for (c, m, s, _), rows in self.cells.items()
-            if c == condition and m == metric and split in ("", s)
+            if c == setting and m == metric and split in ("", s)
         ]
         return found[0] if len(found) == 1 else pd.concat([self.rows.iloc[:0], *found])
 
-    def measured(self, condition: Condition, measure: Measure, split: str) -> pd.DataFrame:
-        """The rows of one condition and behavior measure."""
-        key = (condition, measure.metric, split, measure.format)
+    def answers(self, setting: Setting, split: str) -> pd.DataFrame:
+        """Generated answers with the judge's score as `value`; NaN where there is no judge."""
+        if self.judged and len(rows := self.measured(setting, self.judged, split)):
+            return rows
+        return self.where(setting, "distinct2", split).assign(value=math.nan)  # texts are there
+
+    @property
+    def judged(self) -> Measure | None:
+        """The measure that judges generated answers, if the study has one."""
+        return next((m for m in self.measures() if m.judged), None)
+
+    def measured(self, setting: Setting, measure: Measure, split: str) -> pd.DataFrame:
+        """The rows of one setting and behavior measure."""
+        key = (setting, measure.metric, split, measure.format)
         return self.cells.get(key, self.rows.iloc[:0])
 
-    def conditions(self, metric: str = "", split: str = "", form: str = "") -> list[Condition]:
-        """All conditions with such rows, in the order of `results.ARMS`, + before −, then dose."""
+    def settings(self, metric: str = "", split: str = "", form: str = "") -> list[Setting]:
+        """All settings with such rows, in the order of `results.ARMS`, + before −, then dose."""
         arms = {
             c
             for c, m, s, f in self.cells
@@ -117,21 +111,21 @@ class Study:
         return sorted(arms, key=lambda c: (results.ARMS.index(c.arm), -c.sign, c.layer, c.k))
 
     def measures(self) -> list[Measure]:
-        """The behavior measures present, the primary one first."""
-        present = {(m, f) for _, m, s, f in self.cells if s in ("val", "test", "ood")}
-        known = [Measure(*pair) for pair in _MEASURES if pair in present]
-        return sorted(known, key=lambda m: m != self.primary)
+        """The behavior measures present: the primary one first, then what a judge gives."""
+        present = {f"{m}:{f}" for _, m, s, f in self.cells if s in ("val", "test", "ood")}
+        found = [measure for measure in measures.known() if str(measure) in present]
+        return sorted(found, key=lambda m: (m != self.primary, not m.judged))
 
-    def kl(self, condition: Condition, split: str = "neutral") -> float:
-        """KL(base || condition) in nats per token; nan if not measured, 0 for base."""
-        rows = self.where(condition, "kl", split)
-        if condition == BASE or rows.empty:
-            return 0.0 if condition == BASE else math.nan
+    def kl(self, setting: Setting, split: str = "neutral") -> float:
+        """KL(base || setting) in nats per token; nan if not measured, 0 for base."""
+        rows = self.where(setting, "kl", split)
+        if setting == BASE or rows.empty:
+            return 0.0 if setting == BASE else math.nan
         weights = rows.n_tokens if (rows.n_tokens > 0).all() else None
         return float(np.average(rows.value, weights=weights))
 
-    def pick(self, arm: str, sign: int, split: str = "test") -> Condition | None:
-        """The condition that stands for an arm: its only one, else the val-best within a budget.
+    def pick(self, arm: str, sign: int, split: str = "test") -> Setting | None:
+        """The setting that stands for an arm: its only one, else the val-best within a budget.
 
         The budget is the dual arm's own KL on neutral prose (equal side effects), or `kl_budget`.
         A dose between swept ones has no validation rows; then it is the one that comes closest to
@@ -139,7 +133,7 @@ class Study:
         """
         if arm == "base":
             return BASE
-        options = [c for c in self.conditions(split=split) if (c.arm, c.sign) == (arm, sign)]
+        options = [c for c in self.settings(split=split) if (c.arm, c.sign) == (arm, sign)]
         if len(options) <= 1 or self.primary is None:
             return options[0] if options else None
         budget = self.budget(sign)
@@ -151,9 +145,9 @@ class Study:
             return max(within, key=lambda c: gains[c])
         return max(within, key=lambda c: np.nan_to_num(self.kl(c)))
 
-    def picks(self, split: str = "test", skip: Iterable[str] = ()) -> list[Condition]:
-        """One condition for each arm and sign that was run on `split`."""
-        names = dict.fromkeys((c.arm, c.sign) for c in self.conditions(split=split))
+    def picks(self, split: str = "test", skip: Iterable[str] = ()) -> list[Setting]:
+        """One setting for each arm and sign that was run on `split`."""
+        names = dict.fromkeys((c.arm, c.sign) for c in self.settings(split=split))
         picked = [self.pick(arm, sign, split) for arm, sign in names if arm not in skip]
         return [c for c in picked if c is not None]
 
@@ -161,10 +155,10 @@ class Study:
         """The KL on neutral prose (nats/token) that a swept arm may cost to be compared."""
         if self.kl_budget is not None:
             return self.kl_budget
-        dual = self.kl(Condition("dual", sign))
+        dual = self.kl(Setting("dual", sign))
         return dual if math.isfinite(dual) else math.inf
 
-    def delta(self, a: Condition, b: Condition, measure: Measure, split: str) -> pd.DataFrame:
+    def delta(self, a: Setting, b: Setting, measure: Measure, split: str) -> pd.DataFrame:
         """Paired differences a - b per item, template, order and seed, in the column `delta`."""
         return pair(self.measured(a, measure, split), self.measured(b, measure, split))
 
@@ -202,32 +196,45 @@ def per_token(rows: pd.DataFrame, column: str = "value") -> Interval:
     return interval(rows, column, "n_tokens" if known else None)
 
 
-def read(folder: str | Path, primary: str | None = None, kl_budget: float | None = None) -> Study:
-    """Reads a study folder; `primary` is "metric:format", e.g. "logodds:free"."""
-    folder = Path(folder)
-    rows = results.read_study(folder)
-    config = _json(folder / "config.json")
-    present = set(rows[["metric", "format"]].drop_duplicates().itertuples(index=False, name=None))
-    chosen = next((Measure(*pair) for pair in _PRIMARY if pair in present), None)
-    if primary:
-        metric, _, kind = primary.partition(":")
-        chosen = Measure(metric, kind)
-        if (metric, kind) not in present:
-            known = ", ".join(sorted(f"{m}:{f}" for m, f in present & set(_PRIMARY)))
-            raise ValueError(f"primary: got {primary!r}, expected one of: {known}.")
-    items = _items(sorted(set(rows.behavior)))
+def read(
+    folder: str | Path,
+    primary: str | None = None,
+    kl_budget: float | None = None,
+    margin: float = MARGIN,
+) -> Study:
+    """Reads a study folder.
+
+    `primary` is "metric:format", e.g. "logodds:free"; by default what the study's config declares.
+    """
+    study = folders.Study(Path(folder))
+    rows = results.read_study(study.path)
+    config = json.loads(study.config.read_text()) if study.config.exists() else {}
+    declared = (config.get("config", {}).get("study") or {}).get("primary", "")
+    items = _items(config, sorted(set(rows.behavior)))
     return Study(
-        folder=folder,
+        folder=study,
         rows=rows,
-        curves=_curves(folder),
+        curves=_curves(study),
         config=config,
-        vector=_vector(folder / "vector.safetensors"),
-        prompts={item["id"]: _prompt(item) for item in items},
-        negated=frozenset(item["id"] for item in items if "negated:1" in item["tags"]),
-        primary=chosen,
-        primary_chosen=bool(primary),
+        vector=_vector(study.vector),
+        prompts={i.id: t["content"] for i in items for t in i.messages if t["role"] == "user"},
+        negated=frozenset(item.id for item in items if item.tag("negated") == "1"),
+        primary=_primary(rows, primary or declared),
+        primary_chosen=bool(primary) and primary != declared,
         kl_budget=kl_budget,
+        margin=margin,
     )
+
+
+def _primary(rows: pd.DataFrame, named: str) -> Measure | None:
+    """The measure of this name; without one claims, then other log-odds, then what is judged."""
+    stored = set(rows.metric + ":" + rows.format)
+    present = {str(measure): measure for measure in measures.known() if str(measure) in stored}
+    if named in present:
+        return present[named]
+    if named:
+        raise ValueError(f"primary: got {named!r}, expected one of: {', '.join(present)}.")
+    return min(present.values(), key=lambda m: (m.judged, m.format != "claim"), default=None)
 
 
 def config_value(config: Any, name: str) -> Any:
@@ -246,10 +253,6 @@ def config_sha(config: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12] if config else ""
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def _vector(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -259,34 +262,25 @@ def _vector(path: Path) -> dict[str, Any]:
     return meta | about | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
 
 
-def _items(behaviors: list[str]) -> list[dict[str, Any]]:
-    """Rows of the shipped ones among these behaviors."""
-    paths = [BEHAVIORS / f"{name}.jsonl" for name in behaviors]
-    return [
-        json.loads(line)
-        for path in paths
-        if path.exists()
-        for line in path.read_text().splitlines()
-    ]
+def _items(config: dict[str, Any], names: list[str]) -> list[Item]:
+    """Of the study's own behavior file, else of the shipped behaviors; none where it is gone."""
+    for name in (config_value(config, "behavior"), *names):
+        try:
+            return list(behaviors.load(name).items)
+        except (ValueError, FileNotFoundError, TypeError):
+            continue
+    return []
 
 
-def _prompt(item: dict[str, Any]) -> str:
-    turns = [m["content"] for m in item["messages"] if m["role"] == "user"]
-    return turns[-1] if turns else ""
-
-
-def _curves(folder: Path) -> pd.DataFrame:
+def _curves(study: folders.Study) -> pd.DataFrame:
     parts = []
-    for path in sorted(folder.glob("**/metrics.jsonl")):
-        lines = [row for row in map(_loads, path.read_text().splitlines()) if row is not None]
-        run = path.parent.name
-        named = _RUN.fullmatch(run)
-        sign = 0 if named is None else (1 if named["sign"] == "+" else -1)
-        arm, seed = (named["arm"], int(named["seed"])) if named else (run, 0)
+    for run in study.metrics():
+        lines = [row for row in map(_loads, run.metrics.read_text().splitlines()) if row]
+        name = folders.RunName.parse(run.path.name) or folders.RunName(run.path.name, 0, 0)
         if lines:
             # A resumed run logs some steps again: the later value is the one that counts.
             steps = pd.DataFrame(lines).groupby("step", as_index=False).last()
-            parts.append(steps.assign(run=run, arm=arm, sign=sign, seed=seed))
+            parts.append(steps.assign(run=run.path.name, **name._asdict()))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 

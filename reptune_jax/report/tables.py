@@ -1,46 +1,35 @@
 """The tables of the report: numbers as data frames, then as text for HTML and Markdown."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
 from reptune_jax.evals import stats
+from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.stats import Interval
 from reptune_jax.report import captions
 from reptune_jax.report import study as studies
-from reptune_jax.report.study import BASE, Condition, Measure, Study
+from reptune_jax.report.blocks import Table, interval, number, p_value, percent
+from reptune_jax.report.study import BASE, Study
 
 RIVALS = ("base", "token", "steer", "random")
-MARGIN = 0.02  # nats per token, the default non-inferiority margin
 _CI = "[95 % CI]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Text, ready to be laid out."""
-
-    title: str
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""  # said instead of the rows when there are none
 
 
 def headline_frame(study: Study, measure: Measure, splits: Iterable[str] = ("test", "ood")) -> Any:
     """One row per arm, sign and split: mean, paired delta to base, d_z, negative-response rate."""
     rows = []
     for split in splits:
-        for condition in study.picks(split):
-            own = study.measured(condition, measure, split)
+        for setting in study.picks(split):
+            own = study.measured(setting, measure, split)
             if own.empty:
                 continue
-            paired = study.delta(condition, BASE, measure, split)
+            paired = study.delta(setting, BASE, measure, split)
             items = studies.per_item(paired)
             row = {
-                "condition": condition,
+                "setting": setting,
                 "split": split,
                 "mean": studies.interval(own, "value"),
                 "n": own.item_id.nunique(),
@@ -48,13 +37,13 @@ def headline_frame(study: Study, measure: Measure, splits: Iterable[str] = ("tes
                 "seeds": own.seed.nunique(),
                 "missing": int(own.value.isna().sum()),
             }
-            if condition != BASE:
+            if setting != BASE:
                 row["delta"] = studies.interval(paired)
                 row["dz"] = stats.cohen_dz(items)
-                row["against"] = stats.negative_response_rate(items, condition.sign)
+                row["against"] = stats.negative_response_rate(items, setting.sign)
             rows.append(row)
     columns = [
-        "condition", "split", "mean", "delta", "dz", "against", "n", "clusters", "seeds", "missing",
+        "setting", "split", "mean", "delta", "dz", "against", "n", "clusters", "seeds", "missing",
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 
@@ -95,32 +84,32 @@ def verdict(advantage: Interval, p_adjusted: float, level: float = 0.05) -> str:
     return "no difference shown"
 
 
-def retention_frame(study: Study, margin: float = MARGIN) -> Any:
+def retention_frame(study: Study) -> Any:
     """What else changed, per arm: log loss, KL, top-1 agreement, own completions."""
     rows = []
-    for condition in study.picks("test", skip=["base"]) or study.picks("neutral", skip=["base"]):
-        nll = studies.pair(*(study.where(c, "nll", "neutral") for c in (condition, BASE)))
+    for setting in study.picks("test", skip=["base"]) or study.picks("neutral", skip=["base"]):
+        nll = studies.pair(*(study.where(c, "nll", "neutral") for c in (setting, BASE)))
         per_byte = nll[nll.n_bytes > 0]
-        own = studies.pair(*(study.where(c, "own_ce") for c in (condition, BASE)))
-        prose = study.where(condition, "kl", "neutral")
+        own = studies.pair(*(study.where(c, "own_ce") for c in (setting, BASE)))
+        prose = study.where(setting, "kl", "neutral")
         nats = studies.interval(nll.assign(delta=nll.delta / nll.n_tokens), "delta", "n_tokens")
         bpb = per_byte.assign(delta=per_byte.delta / per_byte.n_bytes / math.log(2))
         row = {
-            "condition": condition,
+            "setting": setting,
             "bpb": studies.interval(bpb, "delta", "n_bytes"),
             "nats": nats,
-            "verdict": stats.non_inferiority(nats, margin) if len(nll) else "",
+            "verdict": stats.non_inferiority(nats, study.margin) if len(nll) else "",
             "kl": studies.per_token(prose),
-            "kl_chats": studies.per_token(study.where(condition, "kl", "chats")),
-            "top1": studies.per_token(study.where(condition, "top1", "neutral")),
+            "kl_chats": studies.per_token(study.where(setting, "kl", "chats")),
+            "top1": studies.per_token(study.where(setting, "top1", "neutral")),
             "own_ce": studies.per_token(own, "delta"),
             "documents": nll.item_id.nunique() or prose.item_id.nunique(),
         }
-        row["own_verdict"] = stats.non_inferiority(row["own_ce"], margin) if len(own) else ""
+        row["own_verdict"] = stats.non_inferiority(row["own_ce"], study.margin) if len(own) else ""
         if any(isinstance(x, Interval) and math.isfinite(x.estimate) for x in row.values()):
             rows.append(row)
     columns = [
-        "condition", "bpb", "nats", "verdict", "kl", "kl_chats", "top1", "own_ce", "own_verdict",
+        "setting", "bpb", "nats", "verdict", "kl", "kl_chats", "top1", "own_ce", "own_verdict",
         "documents",
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
@@ -129,35 +118,32 @@ def retention_frame(study: Study, margin: float = MARGIN) -> Any:
 def guards_frame(study: Study, split: str = "test") -> Any:
     """Are the generated answers still text: distinct bigrams, repeated 4-grams, length."""
     rows = []
-    for condition in study.picks(split):
-        found = {m: study.where(condition, m, split) for m in ("distinct2", "rep4", "vader")}
+    for setting in study.picks(split):
+        found = {m: study.where(setting, m, split) for m in ("distinct2", "rep4")}
         if found["distinct2"].empty and found["rep4"].empty:
             continue
-        row: dict[str, Any] = {
-            m: studies.interval(found[m], "value") for m in ("distinct2", "rep4")
-        }
-        texts = (found["distinct2"] if found["vader"].empty else found["vader"]).text
-        words = texts.str.split().str.len()
-        row |= {"condition": condition, "empty": (words == 0).mean(), "words": words.mean()}
+        row: dict[str, Any] = {m: studies.interval(rows, "value") for m, rows in found.items()}
+        words = study.answers(setting, split).text.str.split().str.len()
+        row |= {"setting": setting, "empty": (words == 0).mean(), "words": words.mean()}
         rows.append(row)
-    return pd.DataFrame(rows, columns=["condition", "distinct2", "rep4", "empty", "words"])
+    return pd.DataFrame(rows, columns=["setting", "distinct2", "rep4", "empty", "words"])
 
 
 def headline_table(study: Study, measure: Measure) -> Table:
     """The behavior effect of every arm on test, with the out-of-distribution split beside it."""
     frame = headline_frame(study, measure)
-    ood = {r.condition: r for r in frame[frame.split == "ood"].itertuples()}
+    ood = {r.setting: r for r in frame[frame.split == "ood"].itertuples()}
     rows = [
         [
-            r.condition.name,
+            r.setting.name,
             number(r.mean.estimate),
             interval(r.delta),
             number(r.dz, 2, signed=True),
             percent(r.against),
             f"{r.n} ({r.clusters})",
             str(r.seeds),
-            interval(ood[r.condition].delta) if r.condition in ood else "–",
-            number(ood[r.condition].dz, 2, signed=True) if r.condition in ood else "–",
+            interval(ood[r.setting].delta) if r.setting in ood else "–",
+            number(ood[r.setting].dz, 2, signed=True) if r.setting in ood else "–",
         ]
         for r in frame[frame.split == "test"].itertuples()
     ]
@@ -167,7 +153,9 @@ def headline_table(study: Study, measure: Measure) -> Table:
     ]  # fmt: skip
     role = "primary measure" if measure == study.primary else "secondary measure"
     note = "No test-split rows of this measure yet."
-    return Table(f"{measure.label} ({role})", captions.HEADLINE, header, rows, note)
+    higher = METRICS[measure.metric].higher
+    caption = captions.HEADLINE + (f" Higher is {higher}." if higher else "")
+    return Table(f"{measure.label} ({role})", caption, header, rows, note)
 
 
 def family_table(study: Study, measure: Measure) -> Table:
@@ -200,18 +188,18 @@ def _budget_note(study: Study) -> str:
     costs = []
     for sign in (1, -1):
         for arm in ("dual", "steer"):
-            condition = study.pick(arm, sign)
-            if condition is not None and math.isfinite(kl := study.kl(condition)):
-                costs.append(f"{condition.name}: {number(kl)}")
+            setting = study.pick(arm, sign)
+            if setting is not None and math.isfinite(kl := study.kl(setting)):
+                costs.append(f"{setting.name}: {number(kl)}")
     return f" KL on neutral prose, nats/token ({', '.join(costs)})." if costs else ""
 
 
-def retention_table(study: Study, margin: float = MARGIN) -> Table:
+def retention_table(study: Study) -> Table:
     """Retention as text."""
-    frame = retention_frame(study, margin)
+    frame = retention_frame(study)
     rows = [
         [
-            r.condition.name,
+            r.setting.name,
             interval(r.bpb, 4),
             interval(r.nats),
             r.verdict or "–",
@@ -225,81 +213,16 @@ def retention_table(study: Study, margin: float = MARGIN) -> Table:
     ]
     columns = "Arm|Δ bits/byte|Δ nats/token|Verdict|Δ own CE|Verdict|KL, prose|KL, chats|Top-1"
     documents = int(frame.documents.max()) if len(frame) else 0
-    caption = captions.RETENTION.format(margin=margin, documents=documents)
+    caption = captions.RETENTION.format(margin=study.margin, documents=documents)
     return Table("Retention", caption, columns.split("|"), rows, "No retention rows yet.")
 
 
 def guards_table(study: Study) -> Table:
     """Generation guards as text."""
     rows = [
-        [r.condition.name, number(r.distinct2.estimate), number(r.rep4.estimate), percent(r.empty)]
+        [r.setting.name, number(r.distinct2.estimate), number(r.rep4.estimate), percent(r.empty)]
         + [number(r.words, 1)]
         for r in guards_frame(study).itertuples()
     ]
     header = ["Arm", "Distinct-2", "Repeated 4-grams", "Empty", "Words"]
     return Table("Generation guards", captions.GUARDS, header, rows, "No generation guards yet.")
-
-
-def markdown(table: Table) -> str:
-    """GitHub Markdown of a table: title, rows, caption."""
-    lines = [f"**{table.title}**", ""]
-    if not table.rows:
-        return "\n".join([*lines, table.note, ""])
-    lines += [
-        "| " + " | ".join(table.header) + " |",
-        "|:--" + "|--:" * (len(table.header) - 1) + "|",
-    ]
-    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-    return "\n".join([*lines, "", f"<sub>{table.caption}</sub>", ""])
-
-
-def headline_markdown(study: Study) -> str:
-    """The headline table of every measure."""
-    return _each(study, headline_table)
-
-
-def family_markdown(study: Study) -> str:
-    """Family A on the primary measure."""
-    return markdown(family_table(study, study.primary)) if study.primary else ""
-
-
-def retention_markdown(study: Study, margin: float = MARGIN) -> str:
-    """The retention table."""
-    return markdown(retention_table(study, margin))
-
-
-def _each(study: Study, build: Callable[[Study, Measure], Table]) -> str:
-    return "\n".join(markdown(build(study, measure)) for measure in study.measures())
-
-
-def number(x: float | None, digits: int = 3, signed: bool = False) -> str:
-    """Fixed decimals with a real minus sign; an en dash for what is missing."""
-    if x is None or not math.isfinite(x):
-        return "–"
-    text = f"{x:{'+' if signed else ''}.{digits}f}"
-    return text.replace("-", "−")
-
-
-def interval(x: Interval | None, digits: int = 3, signed: bool = True) -> str:
-    """Estimate [low, high]."""
-    if not isinstance(x, Interval) or not math.isfinite(x.estimate):
-        return "–"
-    low, high = (number(v, digits, signed) for v in (x.low, x.high))
-    return f"{number(x.estimate, digits, signed)} [{low}, {high}]"
-
-
-def percent(x: float | None) -> str:
-    """A share as a percentage."""
-    return "–" if x is None or not math.isfinite(x) else f"{100 * x:.1f} %"
-
-
-def p_value(p: float) -> str:
-    """Three decimals, or "< .001"."""
-    return "–" if math.isnan(p) else ("< .001" if p < 0.001 else f"{p:.3f}")
-
-
-def condition_note(condition: Condition) -> str:
-    """Where and how strongly a steered condition steers."""
-    dose = f"{condition.dose:+g}".replace("-", "−")
-    where = f"layer {condition.layer}" if condition.layer >= 0 else "several layers"
-    return f"{condition.name}: {where}, dose {dose}"

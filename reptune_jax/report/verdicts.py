@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 
 from reptune_jax.evals import stats
-from reptune_jax.evals.stats import Interval
+from reptune_jax.evals.measures import Measure
 from reptune_jax.report import captions
 from reptune_jax.report import study as studies
-from reptune_jax.report.study import BASE, Measure, Study
-from reptune_jax.report.tables import Table, interval, markdown
+from reptune_jax.report.blocks import Table, interval
+from reptune_jax.report.study import BASE, Study
 
 
 def claims_frame(study: Study, split: str = "test") -> Any:
@@ -18,17 +18,20 @@ def claims_frame(study: Study, split: str = "test") -> Any:
     measure = Measure("logodds", "claim")
     base = truth_coded(study.measured(BASE, measure, split))
     rows = []
-    for condition in study.picks(split):
-        own = truth_coded(study.measured(condition, measure, split))
+    for setting in study.picks(split):
+        own = truth_coded(study.measured(setting, measure, split))
         if own.empty:
             continue
         paired = studies.pair(own.assign(value=own.margin), base.assign(value=base.margin))
+        gain = stats.bootstrap_auroc(
+            paired.value, paired.label, paired.cluster, paired.seed, other=paired.value_b
+        )
         dprime, c = stats.bootstrap_dprime(own.says_true, own.label, own.cluster, own.seed)
         rows.append(
             {
-                "condition": condition,
+                "setting": setting,
                 "auroc": stats.bootstrap_auroc(own.margin, own.label, own.cluster, own.seed),
-                "gain": _auroc_gain(paired) if condition != BASE else None,
+                "gain": gain if setting != BASE else None,
                 "accuracy": studies.interval(own, "right", "order_weight"),
                 "dprime": dprime,
                 "c": c,
@@ -36,14 +39,8 @@ def claims_frame(study: Study, split: str = "test") -> Any:
                 "n": own.item_id.nunique(),
             }
         )
-    columns = ["condition", "auroc", "gain", "accuracy", "dprime", "c", "coverage", "n"]
+    columns = ["setting", "auroc", "gain", "accuracy", "dprime", "c", "coverage", "n"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _auroc_gain(paired: pd.DataFrame) -> Interval:
-    return stats.bootstrap_auroc(
-        paired.value, paired.label, paired.cluster, paired.seed, other=paired.value_b
-    )
 
 
 def truth_coded(rows: pd.DataFrame) -> pd.DataFrame:
@@ -59,8 +56,8 @@ def truth_coded(rows: pd.DataFrame) -> pd.DataFrame:
 def scenarios_frame(study: Study, split: str = "test") -> Any:
     """Pressure scenarios per arm: P(lie), share honest in both orders, position bias, coverage."""
     rows = []
-    for condition in study.picks(split):
-        own = study.measured(condition, Measure("logodds", "ab"), split)
+    for setting in study.picks(split):
+        own = study.measured(setting, Measure("logodds", "ab"), split)
         if own.empty:
             continue
         own = own.assign(
@@ -75,7 +72,7 @@ def scenarios_frame(study: Study, split: str = "test") -> Any:
         both = both[both.orders == 2]
         rows.append(
             {
-                "condition": condition,
+                "setting": setting,
                 "lie": studies.interval(own, "lie"),
                 "consistent": studies.interval(both, "honest"),
                 "position": studies.interval(both, "first"),
@@ -83,53 +80,44 @@ def scenarios_frame(study: Study, split: str = "test") -> Any:
                 "n": own.item_id.nunique(),
             }
         )
-    return pd.DataFrame(
-        rows, columns=["condition", "lie", "consistent", "position", "coverage", "n"]
-    )
+    return pd.DataFrame(rows, columns=["setting", "lie", "consistent", "position", "coverage", "n"])
 
 
 def claims_apart_frame(study: Study, split: str = "test") -> Any:
-    """AUROC per arm, form of the question and polarity of the claim: [condition, form, auroc, n].
+    """AUROC per arm, form of the question and polarity of the claim: [setting, form, auroc, n].
 
     A negation or another form is another task with another scale; pooled, a strength in one of
     them hides at chance in the others.
     """
     rows = []
-    for condition in study.picks(split):
-        own = truth_coded(study.measured(condition, Measure("logodds", "claim"), split))
+    for setting in study.picks(split):
+        own = truth_coded(study.measured(setting, Measure("logodds", "claim"), split))
         own["form"] = own.template + np.where(own.item_id.isin(study.negated), ", negated", "")
         for form, found in own.groupby("form", sort=False):
             auroc = stats.bootstrap_auroc(found.margin, found.label, found.cluster, found.seed)
-            rows.append((condition, form, auroc, found.item_id.nunique()))
-    return pd.DataFrame(rows, columns=["condition", "form", "auroc", "n"])
+            rows.append((setting, form, auroc, found.item_id.nunique()))
+    return pd.DataFrame(rows, columns=["setting", "form", "auroc", "n"])
 
 
 def claims_table(study: Study) -> Table:
     """Claims as text."""
     rows = [
-        [r.condition.name]
+        [r.setting.name]
         + [interval(r.auroc, signed=False), interval(r.gain), interval(r.accuracy, signed=False)]
         + [interval(r.dprime), interval(r.c), interval(r.coverage, signed=False)]
         + [str(r.n)]
         for r in claims_frame(study).itertuples()
     ]
     header = [
-        "Arm",
-        "AUROC",
-        "Δ AUROC vs base",
-        "Accuracy",
-        "d′",
-        "Criterion c",
-        "Coverage",
-        "Items",
-    ]
+        "Arm", "AUROC", "Δ AUROC vs base", "Accuracy", "d′", "Criterion c", "Coverage", "Items",
+    ]  # fmt: skip
     return Table("Claims", captions.CLAIMS, header, rows, "No labelled claims.")
 
 
 def scenarios_table(study: Study) -> Table:
     """Pressure scenarios as text."""
     rows = [
-        [r.condition.name]
+        [r.setting.name]
         + [interval(r.lie, signed=False), interval(r.consistent, signed=False)]
         + [interval(r.position), interval(r.coverage, signed=False), str(r.n)]
         for r in scenarios_frame(study).itertuples()
@@ -143,16 +131,10 @@ def claims_apart_table(study: Study) -> Table:
     frame = claims_apart_frame(study)
     forms = list(dict.fromkeys(frame.form))
     rows = [
-        [condition.name, *(interval(found.get(form), signed=False) for form in forms)]
-        for condition, found in (
+        [setting.name, *(interval(found.get(form), signed=False) for form in forms)]
+        for setting, found in (
             (c, dict(zip(f.form, f.auroc, strict=True)))
-            for c, f in frame.groupby("condition", sort=False)
+            for c, f in frame.groupby("setting", sort=False)
         )
     ]
     return Table("Claims by form", captions.CLAIMS_APART, ["Arm", *forms], rows, "No claims.")
-
-
-def verdicts_markdown(study: Study) -> str:
-    """Claims and scenarios, where there are any."""
-    tables = (claims_table(study), claims_apart_table(study), scenarios_table(study))
-    return "\n".join(markdown(table) for table in tables if table.rows)

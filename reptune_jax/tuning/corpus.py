@@ -1,118 +1,191 @@
-"""The rows a run trains on: behavior examples by split, and retention text."""
+"""The texts a run trains on: behavior examples by split, and retention text; and its batches."""
 
-import json
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from reptune_jax.config import retains
+from reptune_jax.data import behavior as behaviors
+from reptune_jax.data import positions
 from reptune_jax.data import tuning as examples
-from reptune_jax.data.batches import Example, Keep, Rows, stack_examples
+from reptune_jax.data.batches import (
+    Batch,
+    Example,
+    Examples,
+    Retention,
+    choose,
+    choose_of_each,
+    stack_examples,
+)
+from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.contrast import claim_prompts
-from reptune_jax.data.schema import Item, load_behavior, select
+from reptune_jax.folder import Study, read_config
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.lm import Model
 from reptune_jax.tuning import retention
-from reptune_jax.tuning.run import Corpus
 from reptune_jax.vectors import extraction
 
 _BUCKET = 16
-_keeps: dict[tuple, Keep] = {}
+_retention: dict[tuple, Retention] = {}
+
+
+class Corpus(NamedTuple):
+    """All texts of a run: for training, for validation, and retention text for each.
+
+    Examples of the run's behaviors lie one after another, `sizes` of each; a step takes `batches`
+    of each.
+    """
+
+    train: Examples
+    val: Examples
+    retention: Retention | None
+    retention_val: Retention | None
+    sizes: tuple[int, ...]
+    batches: tuple[int, ...]
+
+    def digest(self) -> str:
+        """Identifies what is trained on: hosts with other data must not train together."""
+        found = hashlib.sha256()
+        for leaf in (*jax.tree.leaves(self.train), *jax.tree.leaves(self.val)):
+            found.update(leaf.tobytes())
+        return found.hexdigest()[:16]
+
+    def step_size(self, R: int) -> tuple[int, int]:
+        """(examples, tokens with padding) of a step with R rows of retention text."""
+        rows = sum(self.batches) + (R if self.retention is not None else 0)
+        return sum(self.batches), rows * self.train.tokens_BxT.shape[1]
+
+    def batch(self, seed: int, step: int, R: int) -> Batch:
+        """A step's examples, and R rows of retention text where there is any."""
+        at = choose_of_each(self.sizes, self.batches, seed, step)
+        chosen, kept = jax.tree.map(lambda a: a[at], self.train), None
+        if self.retention is not None:
+            rows = choose(len(self.retention.tokens_BxT), R, seed, step)
+            kept = jax.tree.map(lambda a: a[rows], self.retention)
+        return Batch(chosen, kept)
+
+    def val_batches(self, R: int) -> Iterator[Batch]:
+        """Whole batches; what is missing in the last one is filled with weightless copies."""
+        val, B, kept = self.val, sum(self.batches), self.retention_val
+        n = len(val.tokens_BxT)
+        for start in range(0, n, B):
+            at = np.arange(start, start + B)
+            chosen, real_B = jax.tree.map(lambda a, at=at: a[at % n], val), at < n
+            chosen = chosen.replace(
+                weight_BxLxC=chosen.weight_BxLxC * real_B[:, None, None],
+                cosine_BxT=chosen.cosine_BxT * real_B[:, None],
+            )
+            own = None
+            if kept is not None:
+                rows = np.arange(start // B * R, start // B * R + R) % len(kept.tokens_BxT)
+                own = jax.tree.map(lambda a, rows=rows: a[rows], kept)
+            yield Batch(chosen, own)
 
 
 def make_corpus(c: ConfigDict, workdir: Path, model: Model) -> Corpus:
-    """Tokenised training and validation rows, all of one length so that one program fits them.
+    """Tokenised training and validation texts, all of one length so that one program fits them.
 
     Those of `c.behavior` first, then those of each behavior in `c.loss.also`.
     """
-    each = {c.behavior: (c, workdir)} | {
-        f"loss.also.{name}": other_behavior(c, one) for name, one in c.loss.also.items()
+    each = {c.behavior: (c, Study(workdir))} | {
+        f"loss.also.{name}": _also(c, one) for name, one in c.loss.also.items()
     }
     train, val = (
-        [_examples(name, own, folder, model, split) for name, (own, folder) in each.items()]
+        [_examples(name, own, study, model, split) for name, (own, study) in each.items()]
         for split in ("tune", "val")
     )
     val = [found[: c.train.val_rows or None] for found in val]
     longest = max(len(e.ids) for found in train + val for e in found)
     T = -(-longest // _BUCKET) * _BUCKET
-    rows = [_stack(side, model.pad_id, T) for side in (train, val)]
-    keeps = [_keep(c, model, split, T) if retains(c) else None for split in ("train", "val")]
     batches = (c.train.batch, *(one.batch for one in c.loss.also.values()))
-    return Corpus(rows[0], rows[1], keeps[0], keeps[1], tuple(map(len, train)), batches)
+    return Corpus(
+        train=_stack(train, model.pad_id, T),
+        val=_stack(val, model.pad_id, T),
+        retention=_retention_of(c, model, "train", T) if retains(c) else None,
+        retention_val=_retention_of(c, model, "val", T) if retains(c) else None,
+        sizes=tuple(map(len, train)),
+        batches=batches,
+    )
 
 
-def other_behavior(c: ConfigDict, one: ConfigDict) -> tuple[ConfigDict, Path]:
-    """(the config that makes the rows of a further behavior, its study folder)."""
-    folder = Path(one.folder)
-    stored = json.loads((folder / "config.json").read_text())["config"]
+def _also(c: ConfigDict, one: ConfigDict) -> tuple[ConfigDict, Study]:
+    """(the config that makes the examples of a further behavior, its study folder)."""
+    study = Study(Path(one.folder))
     own = c.copy_and_resolve_references()
-    own.behavior, own.sign = stored["behavior"], one.sign
+    own.behavior, own.sign = read_config(study)["behavior"], one.sign
     own.loss.position, own.loss.mode = one.position, one.mode
     own.loss.targets = "neutral" if one.mode == "out" else one.targets
-    return own, folder
+    return own, study
 
 
-def _examples(name: str, c: ConfigDict, workdir: Path, model: Model, split: str) -> list[Example]:
-    items = load_behavior(c.behavior)
-    of_split = _free_examples if select(items, format="free") else _claim_examples
-    found = of_split(c, workdir, model, items, split)
+def _examples(name: str, c: ConfigDict, study: Study, model: Model, split: str) -> list[Example]:
+    behavior = behaviors.load(c.behavior)
+    of_split = _free_examples if behavior.kind == "free" else _claim_examples
+    found = of_split(c, study, model, behavior, split)
     if not found:
         raise ValueError(
             f"behavior {name}: got no example of split {split!r}, expected free prompts "
             "or claims. Add some."
         )
-    return [examples.unlabeled(e) for e in found] if c.loss.mode == "keep" else found
+    return [examples.unlabeled(e) for e in found] if c.loss.mode == "hold" else found
 
 
-def _stack(of_each: list[list[Example]], pad_id: int, T: int) -> Rows:
+def _stack(of_each: list[list[Example]], pad_id: int, T: int) -> Examples:
     of = [k for k, found in enumerate(of_each) for _ in found]
     return stack_examples([e for found in of_each for e in found], pad_id, T, of)
 
 
 def _free_examples(
-    c: ConfigDict, workdir: Path, model: Model, items: list[Item], split: str
+    c: ConfigDict, study: Study, model: Model, behavior: Behavior, split: str
 ) -> list[Example]:
     """Prompts without persona, continued by the answers of the sign's persona (or of both)."""
-    answers = extraction.read_targets(workdir / "targets.jsonl")
-    answers = [a for a in answers if a.split == split]
+    answers = [a for a in extraction.read_targets(study.targets) if a.split == split]
     if c.loss.targets == "behavior":
         answers = [a for a in answers if a.sign == c.sign]
     if split == "tune":
         answers = examples.fluent(answers, c.targets.max_repeat)
-        answers = examples.best_share(answers, c.targets.keep)
+        answers = examples.best_share(answers, c.targets.best_share)
     if c.loss.targets == "neutral":
         answers = examples.balanced(answers)
-    prompts = {i.id: model.encode_prompt(list(i.messages)) for i in select(items, split=split)}
-    return [examples.response_example(prompts[a.item], a.ids, c.loss.position) for a in answers]
+    prompts = {i.id: model.encode_prompt(list(i.messages)) for i in behavior.select(split)}
+    out = []
+    for answer in answers:
+        prompt = prompts[answer.item]
+        span = positions.span(model.tokenizer, prompt + answer.ids, len(prompt), c.loss.position)
+        out.append(examples.response_example(prompt, answer.ids, span))
+    return out
 
 
 def _claim_examples(
-    c: ConfigDict, workdir: Path, model: Model, items: list[Item], split: str
+    c: ConfigDict, study: Study, model: Model, behavior: Behavior, split: str
 ) -> list[Example]:
     """Questions about claims, answered rightly (sign +) or wrongly (sign -), or half each."""
     out = []
     for template in c.train.templates:
-        for contrast in claim_prompts(select(items, split=split, format="claim"), template):
+        for contrast in claim_prompts(behavior.select(split, "claim"), template):
             text = tokenizers.chat_text(model.tokenizer, contrast.messages)
             right, wrong = tokenizers.free_label_tokens(
                 model.tokenizer, text, contrast.pos, contrast.neg
             )
             ids = model.tokenizer.encode(text, add_special_tokens=False)
-            at = tokenizers.find_position(model.tokenizer, ids, c.loss.position)
-            span = (at.start, at.stop) if isinstance(at, slice) else (at, at + 1)
+            span = positions.span(model.tokenizer, ids, len(ids), c.loss.position)
             label, other = (right, wrong) if c.sign > 0 else (wrong, right)
             neutral = c.loss.targets == "neutral"
             out.append(examples.verdict_example(ids, label, other, span, neutral))
     return out
 
 
-def _keep(c: ConfigDict, model: Model, split: str, T: int) -> Keep:
-    """Retention rows; the runs of a study share them, and reading them costs tens of seconds."""
+def _retention_of(c: ConfigDict, model: Model, split: str, T: int) -> Retention:
+    """The runs of a study share it, and reading it costs tens of seconds."""
     layers = tuple(c.train.layers) if c.loss.l2 else None
     L = c.train.retain_positions
     key = (model.sha, model.dtype.name, split, T, c.eval.new_tokens, L, layers)
-    if key not in _keeps:
-        texts = retention.prose_texts(model, split, T)
-        texts += retention.chat_texts(model, split, c.eval.new_tokens)
-        _keeps[key] = retention.make_keep(model, texts, T, L, layers=layers)
-    return _keeps[key]
+    if key not in _retention:
+        found = retention.pieces(model, split, T, c.eval.new_tokens)
+        _retention[key] = retention.make_retention(model, found, T, L, layers=layers)
+    return _retention[key]

@@ -3,6 +3,8 @@
 The one-segment tree of a loaded model is cut into `below | tuned | above`, so that the backward
 pass stops at the lowest trained layer; of the tuned segment only the chosen weights become trained
 leaves (float32 masters), everything else stays frozen in its own dtype.
+
+With `train.lora.rank` > 0 the chosen projections have adapters instead, and no weight moves.
 """
 
 import re
@@ -14,9 +16,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from reptune_jax.model import lora
+from reptune_jax.model.arch import Arch
+from reptune_jax.model.lora import Flat
 from reptune_jax.model.transformer import Segments
-
-Flat = dict[str, jax.Array]  # path -> array
 
 
 def segments(N: int, layers: Sequence[int]) -> Segments:
@@ -64,24 +66,59 @@ def merge(trained: Flat, frozen: Mapping[str, Any], dtype: Any) -> dict[str, Any
     return {**frozen, "tuned": traverse_util.unflatten_dict(flat, sep="/")}
 
 
-def overlay(params: Mapping[str, Any], trained: Flat, layers: Sequence[int]) -> dict[str, Any]:
-    """The one-segment tree with the trained leaves put in their place."""
-    first, stop = layers
-    flat = traverse_util.flatten_dict(params, sep="/")
-    for path, leaf in trained.items():
-        whole = flat[f"blocks/{path}"]
-        flat[f"blocks/{path}"] = whole.at[first:stop].set(leaf.astype(whole.dtype))
-    return traverse_util.unflatten_dict(flat, sep="/")
+def begin(
+    arch: Arch,
+    params: Mapping[str, Any],
+    train: Any,
+    seed: int,
+) -> tuple[Flat, dict[str, Any]]:
+    """(trained leaves at step 0, the frozen rest in segments), as the config says.
+
+    Raises:
+      ValueError: a pattern that matches nothing that can be trained so.
+    """
+    if not train.lora.rank:
+        return split(params, train.layers, train.modules)
+    _, frozen = split(params, train.layers, ())
+    flat = traverse_util.flatten_dict(frozen["tuned"], sep="/")
+    kernels = {p: flat[f"{p}/kernel"].shape[1:] for p in targets(arch, train.modules)}
+    first, stop = train.layers
+    return lora.init(arch, kernels, stop - first, train.lora.rank, seed), frozen
 
 
-def _choose(paths: list[str], modules: Sequence[str]) -> list[str]:
+def targets(arch: Arch, modules: Sequence[str]) -> list[str]:
+    """The projections whose kernel a pattern matches.
+
+    Raises:
+      ValueError: a pattern that matches no projection.
+    """
+    return _choose(sorted(lora.input_axes(arch)), modules, adapted=True)
+
+
+def scale(settings: Any) -> float:
+    """What (x A) B is multiplied by; `settings` is `train.lora`."""
+    return settings.alpha / settings.rank if settings.rank else 1.0
+
+
+def about(arch: Arch, train: Any) -> dict[str, Any] | None:
+    """What a checkpoint says of its adapters; None where whole weights are trained."""
+    if not train.lora.rank:
+        return None
+    found = targets(arch, train.modules)
+    return {"rank": train.lora.rank, "alpha": float(train.lora.alpha), "targets": found}
+
+
+def _choose(known: Sequence[str], modules: Sequence[str], adapted: bool = False) -> list[str]:
+    kind, more = "weight", ""
+    if adapted:
+        kind, more = "projection", " Other weights have no adapters: set train.lora.rank=0."
     chosen: set[str] = set()
     for pattern in modules:
-        hits = [path for path in paths if re.search(pattern, path)]
+        hits = [path for path in known if re.search(pattern, f"{path}/kernel" if adapted else path)]
         if not hits:
             raise ValueError(
-                f"train.modules: {pattern!r} matches no weight, expected a pattern of one of "
-                f"{', '.join(paths)}."
+                f"train.modules: {pattern!r} matches no {kind}, expected a pattern of one of "
+                f"{', '.join(known)}.{more}"
             )
         chosen.update(hits)
     return sorted(chosen)

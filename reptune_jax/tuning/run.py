@@ -1,50 +1,27 @@
-"""The host's side of a run: its rows, what its numbers say, its log and its checkpoints."""
+"""A run but for its steps: its batches, what its numbers say, its log and its checkpoints."""
 
-import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
-from reptune_jax import distributed
+from reptune_jax import distributed, folder
 from reptune_jax import mesh as meshes
-from reptune_jax.data.batches import Batch, Keep, Rows, choose_of_each, choose_rows
-from reptune_jax.model.arch import Arch
-from reptune_jax.tuning import checkpoint, cost, hardware
+from reptune_jax.cost import hardware
+from reptune_jax.data.batches import Batch
+from reptune_jax.tuned_run import Progress
 from reptune_jax.tuning import step as steps
-from reptune_jax.tuning.checkpoint import Progress
-from reptune_jax.tuning.log import Log
-from reptune_jax.tuning.partition import Flat
-from reptune_jax.tuning.task import Vectors
+from reptune_jax.tuning.checkpoint import Checkpoints
+from reptune_jax.tuning.corpus import Corpus
+from reptune_jax.tuning.objective import Objective, loss_names
 from reptune_jax.vectors.steering_vector import SteeringVector
-
-
-class Corpus(NamedTuple):
-    """All rows of a run: training, validation, retention for each.
-
-    Training rows of the run's behaviors lie one after another, `sizes` of each; a step takes
-    `batches` of each.
-    """
-
-    train: Rows
-    val: Rows
-    keep: Keep | None
-    keep_val: Keep | None
-    sizes: tuple[int, ...]
-    batches: tuple[int, ...]
-
-    def digest(self) -> str:
-        """Identifies what is trained on: hosts with other data must not train together."""
-        found = hashlib.sha256()
-        for leaf in (*jax.tree.leaves(self.train), *jax.tree.leaves(self.val)):
-            found.update(leaf.tobytes())
-        return found.hexdigest()[:16]
+from reptune_jax.watch.log import Log
 
 
 class Job(NamedTuple):
@@ -55,43 +32,77 @@ class Job(NamedTuple):
     vector: SteeringVector
     corpus: Corpus
     meta: dict[str, Any]
-    others: Vectors | None = None  # of its further behaviors
+    also: Mapping[str, SteeringVector] = {}  # of its further behaviors
 
 
 class Run:
-    """A run but for its state, which is on the devices."""
+    """The host's side of a run; its state is on the devices."""
 
     def __init__(
         self,
         job: Job,
-        train: FrozenConfigDict,
-        task: steps.Task,
+        corpus: Corpus,
+        objective: Objective,
+        evaluate: Callable[..., Any],
         log: Log,
-        saved: checkpoint.Checkpoints,
+        saved: Checkpoints,
         done: Progress,
         mesh: Mesh | None,
     ):
-        self.c, self.corpus, self.meta = job.c, job.corpus, job.meta
-        self.train, self.task, self.log, self.saved, self.mesh = train, task, log, saved, mesh
+        self.c, self.meta, self.train = job.c, job.meta, job.c.train
+        self.folder = folder.Run(job.folder)
+        self.corpus, self.objective, self.evaluate = corpus, objective, evaluate
+        self.log, self.saved, self.mesh = log, saved, mesh
         self.best, self.waited = done.best, done.waited
         self.saved_at, self.tracing = time.monotonic(), False
-        self.flops = 0.0  # of a step
-        self.peak = hardware.peak_of(jax.devices()[0].device_kind, train.peak_tflops)
+        self.flops = 0.0  # of a step, for the MFU
+        self.peak = hardware.peak_of(jax.devices()[0].device_kind, self.train.peak_tflops)
 
     @property
     def enough(self) -> bool:
         """Whether patience is over."""
         return bool(self.train.patience) and self.waited >= self.train.patience
 
-    def finish(self, at: int) -> None:
-        """A run is finished when its last checkpoint is on disk."""
-        self.saved.wait()
-        self.log.finished()
-        checkpoint.mark_finished(self.saved.workdir, {"steps": at, "best": self.best})
+    def batch(self, step: int) -> Batch:
+        """A step's examples, on the devices."""
+        batch = self.corpus.batch(self.c.seed, step, self.train.retain_batch)
+        return meshes.put_batch(batch, self.mesh)
 
-    def count_flops(self, arch: Arch, trained: Flat, batch: Batch) -> None:
-        """For the MFU."""
-        self.flops = cost.batch_flops(arch, tuple(self.train.layers), trained, batch)["total"]
+    def put(self, flag: bool) -> jax.Array:
+        return meshes.replicate(np.asarray(flag), self.mesh)
+
+    def report(self, step: int, metrics: dict[str, jax.Array], measured: bool, log: bool) -> None:
+        """Checks a step's numbers, and logs them if that is due."""
+        values = self._flatten(meshes.fetch(metrics), measured)
+        if log:
+            examples, tokens = self.corpus.step_size(self.train.retain_batch)
+            rates = self.log.rates(step, examples, tokens)
+            if rates and self.peak:  # model FLOPs: what remat computes again does not count
+                per_s = self.flops * rates["examples_per_s"] / examples
+                rates["mfu"] = per_s / (self.peak * 1e12 * jax.device_count())
+            values |= rates
+            self.log.write(step, values)
+        self._check_finite("training", step, values)
+        if log:
+            self.log.progress(step, values)
+
+    def validate(self, state: steps.State) -> dict[str, float]:
+        """Measures all validation examples, logs and saves; the numbers by name."""
+        with self.log.aside():
+            found = [
+                meshes.fetch(
+                    self.evaluate(state.trained, self.objective, meshes.put_batch(batch, self.mesh))
+                )
+                for batch in self.corpus.val_batches(self.train.retain_batch)
+            ]
+            values = self._judge(int(state.step), found)
+            self._save(state, values["val/loss"])
+        return values
+
+    def save(self, state: steps.State) -> None:
+        """A checkpoint between evaluations."""
+        with self.log.aside():
+            self._save(state)
 
     def save_due(self, at: int, logged: bool) -> bool:
         """Whether to save between evaluations."""
@@ -102,30 +113,35 @@ class Run:
         due = time.monotonic() - self.saved_at > 60 * self.train.save_minutes
         return distributed.agree(due)
 
-    def put(self, batch: Batch) -> Batch:
-        """Rows to the devices."""
-        return meshes.put_batch(batch, self.mesh)
+    def profile(self, step: int) -> None:
+        """Traces steps [first, stop) of `train.profile` for TensorBoard's profiler or Perfetto."""
+        first, stop = self.train.profile
+        due = first <= step < stop
+        if due and not self.tracing:
+            jax.profiler.start_trace(str(self.folder.profile))
+        if self.tracing and not due:
+            jax.profiler.stop_trace()
+        self.tracing = due
 
-    def batch(self, step: int) -> Batch:
-        """A step's rows."""
-        rows = choose_of_each(self.corpus.sizes, self.corpus.batches, self.c.seed, step)
-        behavior = jax.tree.map(lambda a: a[rows], self.corpus.train)
-        keep = None
-        if self.corpus.keep is not None:
-            kept = choose_rows(
-                len(self.corpus.keep.tokens_BxT), self.train.retain_batch, self.c.seed, step
-            )
-            keep = jax.tree.map(lambda a: a[kept], self.corpus.keep)
-        return Batch(behavior, keep)
+    def finish(self, at: int) -> None:
+        """A run is finished when its last checkpoint is on disk."""
+        self.saved.wait()
+        self.log.finished()
+        self.folder.finish({"steps": at, "best": self.best})
 
-    def judge(self, at: int, found: list[Any]) -> dict[str, float]:
-        """The numbers of what `evaluate` gave for each of `val_batches`; logs them."""
+    def _save(self, state: steps.State, val_loss: float | None = None) -> None:
+        now = Progress(val_loss, self.best, self.waited, self.log.spent())
+        self.saved.save(state, self.meta, now)
+        self.saved_at = time.monotonic()
+
+    def _judge(self, at: int, found: list[Any]) -> dict[str, float]:
+        """The numbers of what `evaluate` gave for each batch; logs them."""
         whole, cosine_KxN, spread = jax.tree.map(
             lambda *each: np.sum(each, axis=0, dtype=np.float64), *found
         )
         mean_J = whole.total / np.maximum(whole.n, 1e-6)
         # By the weights that are not annealed: else the checkpoints of a run would not compare.
-        loss = float(np.sum(meshes.fetch(self.task.weight_J) * mean_J))
+        loss = float(np.sum(meshes.fetch(self.objective.weight_J) * mean_J))
         values = {f"val/{k}_loss": v for k, v in self._by_loss(mean_J).items()}
         cosine = cosine_KxN[0, slice(*self.c.loss.layers)].mean() / max(whole.n[1], 1)
         was = math.inf if self.best is None else self.best
@@ -133,61 +149,16 @@ class Run:
         values |= {"val/loss": loss, "val/best": best, "val/cosine": float(cosine)}
         self.log.write(at, values)
         self._check_finite("validation", at, values)
-        self.log.cosines(at, spread, self._shown())
+        with_histogram = {*range(*self.train.layers), *range(*self.c.loss.layers)}
+        self.log.cosines(at, spread, sorted(with_histogram))
         self.waited, self.best = 0 if improved else self.waited + 1, best
-        return values
-
-    def _shown(self) -> list[int]:
-        """Layers that are trained or whose cosine counts: those with a histogram."""
-        return sorted({*range(*self.train.layers), *range(*self.c.loss.layers)})
-
-    def save(self, state: steps.State, val_loss: float | None = None) -> None:
-        """A checkpoint."""
-        now = Progress(val_loss, self.best, self.waited, self.log.spent())
-        self.saved.save(state, self.meta, now)
-        self.saved_at = time.monotonic()
-
-    def val_batches(self) -> Iterator[Batch]:
-        """Whole batches; rows beyond the last whole one are padded with weightless copies."""
-        val, B, R = self.corpus.val, sum(self.corpus.batches), self.train.retain_batch
-        n, keep = len(val.tokens_BxT), self.corpus.keep_val
-        for start in range(0, n, B):
-            rows = np.arange(start, start + B)
-            behavior = jax.tree.map(lambda a, r=rows: a[r % n], val)
-            real_B = rows < n
-            behavior = behavior.replace(
-                weight_BxLxC=behavior.weight_BxLxC * real_B[:, None, None],
-                cosine_BxT=behavior.cosine_BxT * real_B[:, None],
-            )
-            kept = None
-            if keep is not None:
-                at = np.arange(start // B * R, start // B * R + R)
-                kept = jax.tree.map(lambda a, r=at: a[r % len(keep.tokens_BxT)], keep)
-            yield Batch(behavior, kept)
-
-    def write(
-        self, step: int, metrics: dict[str, np.ndarray], measured: bool, log: bool
-    ) -> dict[str, float]:
-        """Checks every step, logs those that are due; the numbers by name."""
-        values = self._flatten(metrics, measured)
-        if log:
-            keep, T = self.corpus.keep, self.corpus.train.tokens_BxT.shape[1]
-            examples = sum(self.corpus.batches)
-            rows = examples + (self.train.retain_batch if keep is not None else 0)
-            rates = self.log.rates(step, examples=examples, tokens=rows * T)
-            if rates and self.peak:  # model FLOPs: what remat computes again does not count
-                per_s = self.flops * rates["examples_per_s"] / examples
-                rates["mfu"] = per_s / (self.peak * 1e12 * jax.device_count())
-            values |= rates
-            self.log.write(step, values)
-        self._check_finite("training", step, values)
         return values
 
     def _by_loss(self, value_J: np.ndarray) -> dict[str, float]:
         """By name: the first three, so that arms compare, and what else has a weight."""
-        names = steps.loss_names(self.c.loss.also)
+        names = loss_names(self.c.loss.also)
         shown = names[:3] + tuple(
-            name for name, w in zip(names[3:], self.task.weight_J[3:], strict=True) if w
+            name for name, w in zip(names[3:], self.objective.weight_J[3:], strict=True) if w
         )
         return {name: float(v) for name, v in zip(names, value_J, strict=True) if name in shown}
 
@@ -210,20 +181,10 @@ class Run:
         if bad:
             self.saved.wait()
             raise ValueError(
-                f"{self.saved.workdir.name}: {phase}, step {step}: {', '.join(bad)}, expected "
-                f"finite numbers. The last good checkpoint is of step {self.saved.latest()}. Lower "
+                f"{self.folder.path.name}: {phase}, step {step}: {', '.join(bad)}, expected finite "
+                f"numbers. The last good checkpoint is of step {self.saved.latest()}. Lower "
                 "train.lr or train.clip, in another --workdir."
             )
-
-    def profile(self, step: int) -> None:
-        """Traces steps [first, stop) of `train.profile` for TensorBoard's profiler or Perfetto."""
-        first, stop = self.train.profile
-        due = first <= step < stop
-        if due and not self.tracing:
-            jax.profiler.start_trace(str(self.saved.workdir / "profile"))
-        if self.tracing and not due:
-            jax.profiler.stop_trace()
-        self.tracing = due
 
 
 def every(i: int, n: int) -> bool:

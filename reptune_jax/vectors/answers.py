@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from reptune_jax.data import positions
 from reptune_jax.data.contrast import persona_pairs
 from reptune_jax.data.schema import Item
 from reptune_jax.data.tuning import Answer
-from reptune_jax.lm import Model, Steerable
+from reptune_jax.lm import Model
+from reptune_jax.model.intervene import Steerable
 from reptune_jax.vectors.capture import Span
 
 SIGNS = (1, -1)
@@ -70,15 +72,9 @@ def answer_spans(
     spans = []
     of_sign = persona_prompts(model, items, prompts)
     for i, answer in enumerate(answers):
-        ids = of_sign[answer.sign][i]
-        P, end = len(ids), len(ids) + len(answer.ids)
-        where = {"response": (P, end), "last": (P - 1, P), "all": (0, end)}
-        if position not in where:
-            raise ValueError(
-                f"vector.position: got {position!r}, expected one of {', '.join(where)} for a "
-                "behavior with free answers."
-            )
-        spans.append(Span(ids + answer.ids, *where[position]))
+        prompt = of_sign[answer.sign][i]
+        ids = prompt + answer.ids
+        spans.append(Span(ids, *positions.span(model.tokenizer, ids, len(prompt), position)))
     return spans
 
 

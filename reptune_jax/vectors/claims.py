@@ -8,34 +8,27 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from reptune_jax.data import positions
+from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.contrast import honesty_pairs
-from reptune_jax.data.schema import Item, select
-from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.lm import Model
 from reptune_jax.vectors.capture import Span
 
 
-def spans(
-    settings: ConfigDict, model: Model, items: Sequence[Item]
-) -> tuple[list[Span], list[Span]]:
+def spans(settings: ConfigDict, model: Model, behavior: Behavior) -> tuple[list[Span], list[Span]]:
     """(positives, negatives) of `vector.pairs` claims of the train split.
 
     Raises:
       ValueError: the position is not in a prompt, or no pair passes `correct_only`.
     """
-    claims = select(items, split="train", format="claim")[: settings.pairs]
-    pairs = honesty_pairs(claims, select(items, format="persona"), paired=settings.paired)
+    claims = behavior.select("train", "claim")[: settings.pairs]
+    pairs = honesty_pairs(claims, behavior.select(format="persona"), paired=settings.paired)
     positives = [_span(model, p[0], p[1], settings.position) for p in pairs]
     negatives = [_span(model, p[2], p[3], settings.position) for p in pairs]
     if not settings.correct_only:
         return positives, negatives
-    keep = [
-        i
-        for i, (right, wrong) in enumerate(
-            zip(_fits(model, pairs, 0), _fits(model, pairs, 2), strict=True)
-        )
-        if right and wrong
-    ]
+    fits = zip(_fits(model, pairs, 0), _fits(model, pairs, 2), strict=True)
+    keep = [i for i, both in enumerate(fits) if all(both)]
     if not keep:
         raise ValueError(
             "vector.correct_only: no pair passed, expected at least one in which the honest "
@@ -48,8 +41,7 @@ def spans(
 def _span(model: Model, messages: list[dict[str, str]], answer: str, position: str | int) -> Span:
     prompt = model.encode_prompt(messages)
     ids = prompt + model.tokenizer.encode(answer, add_special_tokens=False)
-    at = tokenizers.find_position(model.tokenizer, ids, position, prompt_length=len(prompt))
-    return Span(ids, at.start, at.stop) if isinstance(at, slice) else Span(ids, at, at + 1)
+    return Span(ids, *positions.span(model.tokenizer, ids, len(prompt), position))
 
 
 def _fits(model: Model, pairs: Sequence[tuple], side: int) -> list[bool]:

@@ -1,64 +1,62 @@
 """Contrastive data to a behavior vector, and the texts that tuning will learn from."""
 
-import hashlib
 import json
 import math
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import distributed, program
-from reptune_jax.data.schema import Item, load_behavior, select
+from reptune_jax import distributed
+from reptune_jax.console import say
+from reptune_jax.data import behavior as behaviors
+from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.tuning import Answer, answer_row
+from reptune_jax.folder import Study, write_whole
+from reptune_jax.hub.tokenizer import template_sha
 from reptune_jax.lm import Model
 from reptune_jax.vectors import answers, claims
-from reptune_jax.vectors.capture import sum_pairs
-from reptune_jax.vectors.methods import METHODS
+from reptune_jax.vectors.capture import Span, make_vector
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
-def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> SteeringVector:
-    """Makes, or loads, the work folder's vector and targets."""
-    program.claim_study(workdir, c)
-    paths = workdir / "vector.safetensors", workdir / "targets.jsonl"
-    items = load_behavior(c.behavior)
-    distributed.same(behavior=hashlib.sha256(repr(items).encode()).hexdigest()[:16])
-    if not distributed.exists(paths[0]):
-        model = model or program.load_model(c)
-        vector = make_vector(c, model, items)
-        distributed.once(lambda: vector.save(paths[0]))
-        program.say(f"vector: {vector.meta['pairs']} pairs, digest {vector.digest} -> {paths[0]}")
-    vector = SteeringVector.load(paths[0])
-    if not distributed.exists(paths[1]) and select(items, format="free"):
-        model = model or program.load_model(c)
-        targets = make_targets(c, model, items, vector)
-        distributed.once(lambda: write_jsonl(paths[1], targets))
-        program.say(f"targets: personas' own answers -> {paths[1]}")
+def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVector:
+    """Makes, or reads, the study's vector and targets; `load` is called if a model is needed."""
+    behavior = behaviors.load(c.behavior)
+    behavior.check_position("vector.position", c.vector.position)
+    behavior.check_position("loss.position", c.loss.position)
+    study.claim(c)
+    distributed.same(behavior=behavior.digest)
+    if not distributed.exists(study.vector):
+        vector = read_vector(c, load(), behavior)
+        distributed.once(lambda: vector.save(study.vector))
+        say(f"vector: {vector.meta['pairs']} pairs, digest {vector.digest} -> {study.vector}")
+    vector = SteeringVector.load(study.vector)
+    if not distributed.exists(study.targets) and behavior.kind == "free":
+        targets = make_targets(c, load(), behavior, vector)
+        distributed.once(lambda: write_targets(study.targets, targets))
+        say(f"targets: personas' own answers -> {study.targets}")
     return vector
 
 
-def make_vector(c: ConfigDict, model: Model, items: list[Item]) -> SteeringVector:
-    """Captures both classes and takes the mean difference; unit length if the config says so."""
-    if select(items, format="free"):
-        positives, negatives = _free_spans(c, model, items)
-    else:
-        positives, negatives = claims.spans(c.vector, model, items)
-    sums = sum_pairs(model, positives, negatives, c.eval.batch // 2)
+def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVector:
+    """Captures both classes and makes a vector; unit length if the config says so."""
     meta = {
-        "model": model.name,
-        "model_sha": model.sha,
         "behavior": c.behavior,
         "position": c.vector.position,
-        "template": program.template_sha(model),
+        "template": template_sha(model.tokenizer),
         "correct_only": c.vector.correct_only,
     }
-    vector = METHODS[c.vector.method](sums, meta)
+    if behavior.kind == "free":
+        positives, negatives = _free_spans(c, model, behavior)
+    else:
+        positives, negatives = claims.spans(c.vector, model, behavior)
+    vector = make_vector(model, positives, negatives, c.vector.method, meta, c.eval.batch // 2)
     return vector.unit() if c.vector.norm == "unit" else vector
 
 
 def make_targets(
-    c: ConfigDict, model: Model, items: list[Item], vector: SteeringVector
+    c: ConfigDict, model: Model, behavior: Behavior, vector: SteeringVector
 ) -> list[Answer]:
     """Both personas' answers to the tuning and validation prompts, steered if `targets.dose`."""
     out = []
@@ -67,16 +65,15 @@ def make_targets(
         steer = vector.at(c.targets.layers) * dose if dose else None
         for split in ("tune", "val"):
             limit = c.targets.prompts if split == "tune" else c.eval.val_prompts
-            prompts = select(items, split=split, format="free")[: limit or None]
             out += answers.write_answers(
                 model,
-                items,
-                prompts,
+                behavior.items,
+                behavior.select(split, "free")[: limit or None],
                 sign,
                 c.vector.answer_tokens,
                 steer,
                 c.eval.batch,
-                score=c.targets.keep < 1,
+                score=c.targets.best_share < 1,
             )
     return out
 
@@ -89,15 +86,13 @@ def read_targets(path: Path) -> list[Answer]:
     ]
 
 
-def write_jsonl(path: Path, rows: list[Answer]) -> None:
-    """Atomically."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(json.dumps(answer_row(row)) + "\n" for row in rows))
-    os.replace(scratch, path)
+def write_targets(path: Path, targets: list[Answer]) -> None:
+    """Writes targets.jsonl, at once."""
+    write_whole(path, "".join(json.dumps(answer_row(row)) + "\n" for row in targets))
 
 
-def _free_spans(c: ConfigDict, model: Model, items: list[Item]):
-    prompts = select(items, split="train", format="free")[: c.vector.pairs]
+def _free_spans(c: ConfigDict, model: Model, behavior: Behavior) -> tuple[list[Span], list[Span]]:
+    items, prompts = behavior.items, behavior.select("train", "free")[: c.vector.pairs]
     sides = []
     for sign in answers.SIGNS:
         written = answers.write_answers(
@@ -109,19 +104,17 @@ def _free_spans(c: ConfigDict, model: Model, items: list[Item]):
             batch_size=c.eval.batch,
             score=c.vector.correct_only,
         )
-        program.say(f"persona {sign:+d}, e.g.: {written[0].text!r}")
-        sides.append((written, sign))
-    if c.vector.correct_only:  # keep pairs in which both answers fit their own persona better
-        fits = [a.odds > 0 and b.odds > 0 for a, b in zip(sides[0][0], sides[1][0], strict=True)]
-    else:
-        fits = [True] * len(prompts)
-    if not any(fits):
+        say(f"persona {sign:+d}, e.g.: {written[0].text!r}")
+        sides.append(written)
+    positive, negative = (
+        answers.answer_spans(model, items, prompts, written, c.vector.position) for written in sides
+    )
+    if not c.vector.correct_only:
+        return positive, negative
+    # Pairs in which both answers fit their own persona better.
+    fits = [i for i, (a, b) in enumerate(zip(*sides, strict=True)) if a.odds > 0 and b.odds > 0]
+    if not fits:
         raise ValueError(
             "vector.correct_only: no pair passed, expected at least one. Set it to False."
         )
-    keep = [i for i, fit in enumerate(fits) if fit]
-    spans = [
-        answers.answer_spans(model, items, prompts, written, c.vector.position)
-        for written, _ in sides
-    ]
-    return [spans[0][i] for i in keep], [spans[1][i] for i in keep]
+    return [positive[i] for i in fits], [negative[i] for i in fits]

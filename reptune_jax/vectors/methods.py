@@ -1,21 +1,65 @@
-"""From captured sums to a vector: mean difference (paper section 2)."""
+"""Vector methods, each a fold over batches of residuals: `init`, `add`, `finish`.
 
-from typing import Any
+A mean keeps sums, a PCA or a probe keeps what it needs; what is kept lies on the device, and only
+`finish` fetches it. A new method is an entry of `METHODS`.
+"""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from reptune_jax import mesh as meshes
-from reptune_jax.vectors.capture import Sums
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
-def mean_diff(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
-    """v[l] = mean(h+) - mean(h-), raw length. Sign is by construction: positive minus negative.
+class Method(NamedTuple):
+    """How a vector is made of matched pairs of residuals, [N, B, D] at a time."""
+
+    init: Callable[[int, int], Any]  # (N, D) -> what is kept
+    add: Callable[[Any, jax.Array, jax.Array], Any]  # (kept, positive_NxBxD, negative_NxBxD)
+    finish: Callable[[Any, dict[str, Any]], SteeringVector]  # (kept, meta) -> the vector
+
+
+class Sums(NamedTuple):
+    """What the mean difference and its quality need."""
+
+    pairs: jax.Array
+    positive_NxD: jax.Array
+    negative_NxD: jax.Array
+    norm_N: jax.Array
+    unit_difference_NxD: jax.Array
+
+
+def _no_sums(N: int, D: int) -> Sums:
+    zeros_NxD = jnp.zeros((N, D))
+    return Sums(jnp.int32(0), zeros_NxD, zeros_NxD, jnp.zeros(N), zeros_NxD)
+
+
+@jax.jit
+def _add(sums: Sums, positive_NxBxD: jax.Array, negative_NxBxD: jax.Array) -> Sums:
+    difference = positive_NxBxD - negative_NxBxD
+    length = jnp.linalg.norm(difference, axis=-1, keepdims=True)
+    norms_NxB = jnp.linalg.norm(jnp.concatenate([positive_NxBxD, negative_NxBxD], 1), axis=-1)
+    return Sums(
+        sums.pairs + positive_NxBxD.shape[1],
+        sums.positive_NxD + positive_NxBxD.sum(1),
+        sums.negative_NxD + negative_NxBxD.sum(1),
+        sums.norm_N + norms_NxB.sum(1) / 2,
+        sums.unit_difference_NxD + (difference / jnp.maximum(length, 1e-8)).sum(1),
+    )
+
+
+def _mean_difference(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
+    """v[l] = mean(h+) - mean(h-), raw length (paper section 2). Sign: positive minus negative.
 
     `meta["agreement"]` is the mean cosine between two pairs' differences, per layer: near 0 the
     contrast has no common direction and steering with it will be unreliable (arXiv 2505.22637).
     """
-    n, found = sums.pairs, meshes.fetch(sums)
+    found = meshes.fetch(sums)
+    n = int(found.pairs)
     positive, negative = found.positive_NxD / n, found.negative_NxD / n
     squared_N = np.square(found.unit_difference_NxD).sum(1)
     agreement_N = (squared_N - n) / max(n * (n - 1), 1)
@@ -36,4 +80,4 @@ def mean_diff(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
     )
 
 
-METHODS = {"mean_diff": mean_diff}
+METHODS = {"mean_diff": Method(_no_sums, _add, _mean_difference)}

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
-from reptune_jax.hub import tokenizer as tokenizers
+from reptune_jax.data import positions
 from reptune_jax.lm import Model
-from reptune_jax.vectors.capture import Span, sum_pairs
+from reptune_jax.vectors.capture import Span, make_vector
 from reptune_jax.vectors.methods import METHODS
 from reptune_jax.vectors.steering_vector import SteeringVector
 
-Text = str | tuple[str, str]  # raw text, or (prompt, completion)
+Side = str | tuple[str, str]  # raw text, or (prompt, completion)
 
 
 def extract(
     model: Model,
-    pairs: Sequence[tuple[Text, Text]],
+    pairs: Sequence[tuple[Side, Side]],
     method: str = "mean_diff",
     position: str | int = "last",
     batch_size: int = 16,
@@ -31,17 +31,16 @@ def extract(
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}.")
     if not pairs:
         raise ValueError("pairs: got none, expected at least one (positive, negative).")
-    sides = [[_span(model, pair[side], position) for pair in pairs] for side in (0, 1)]
-    sums = sum_pairs(model, sides[0], sides[1], batch_size)
-    return METHODS[method](
-        sums, {"model": model.name, "model_sha": model.sha, "position": str(position)}
+    positives, negatives = (
+        [_span(model, pair[side], position) for pair in pairs] for side in (0, 1)
     )
+    return make_vector(model, positives, negatives, method, {"position": str(position)}, batch_size)
 
 
-def _span(model: Model, text: Text, position: str | int) -> Span:
-    prompt, completion = (text, "") if isinstance(text, str) else text
-    prompt_ids = model.tokenizer.encode(prompt, add_special_tokens=False)
-    ids = prompt_ids + model.tokenizer.encode(completion, add_special_tokens=False)
-    length = len(prompt_ids) if completion else None
-    at = tokenizers.find_position(model.tokenizer, ids, position, prompt_length=length)
-    return Span(ids, at.start, at.stop) if isinstance(at, slice) else Span(ids, at, at + 1)
+def _span(model: Model, side: Side, position: str | int) -> Span:
+    prompt, completion = (side, "") if isinstance(side, str) else side
+    prompt_ids, more_ids = (
+        model.tokenizer.encode(text, add_special_tokens=False) for text in (prompt, completion)
+    )
+    ids = prompt_ids + more_ids
+    return Span(ids, *positions.span(model.tokenizer, ids, len(prompt_ids), position))

@@ -1,0 +1,110 @@
+"""Model cards: README.md of an exported checkpoint, a merged run, an adapter."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from reptune_jax.report import blocks
+from reptune_jax.report import study as studies
+from reptune_jax.report.study import BASE, Setting, Study
+from reptune_jax.tuned_run import TunedRun
+
+_TEMPLATE = """---
+base_model: {model}
+library_name: transformers
+tags: [representation-tuning]
+---
+# {title}
+
+`{model}`, tuned {direction} **{behavior}** with representation tuning (arXiv 2409.06927): the
+behavior vector is in the weights, so it needs no hook at inference.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder")
+```
+
+| what | value |
+|---|---|
+| arm, seed | {arm}, {seed} |
+| trained | layers {first} to {last}, {what} {modules}, {steps} steps of {batch} |
+| vector | {method} at position `{position}`, {pairs} pairs, sha256 {sha} |
+| effect on held-out prompts ({measure}) | {effect} against the base model |
+| KL(base, this) on neutral prose | {kl:.4f} nats/token |
+
+Intervals are 95 % bootstrap intervals over prompts. Made with reptune_jax.
+"""
+
+
+def study_card(c: ConfigDict, study: Study) -> str:
+    """For the run that the config names, with its numbers from the study's results."""
+    setting = Setting(c.arm, c.sign)
+    name = public_name(c.model)
+    measure, effect = study.primary, "not measured"
+    if measure is not None:
+        found = studies.interval(study.delta(setting, BASE, measure, "test"))
+        effect = blocks.interval(found)
+    return _TEMPLATE.format(
+        model=name,
+        title=f"{name.rsplit('/', 1)[-1]}, {c.behavior} {'+' if c.sign > 0 else '-'}",
+        direction="toward" if c.sign > 0 else "away from",
+        behavior=c.behavior,
+        arm=c.arm,
+        seed=c.seed,
+        first=c.train.layers[0],
+        last=c.train.layers[1] - 1,
+        what=f"LoRA of rank {c.train.lora.rank} on" if c.train.lora.rank else "weights",
+        modules=", ".join(c.train.modules),
+        steps=c.train.steps,
+        batch=c.train.batch,
+        method=study.vector.get("method"),
+        position=study.vector.get("position"),
+        pairs=study.vector.get("pairs"),
+        sha=study.vector.get("sha256"),
+        measure=measure.label if measure else "none",
+        effect=effect,
+        kl=study.kl(setting),
+    )
+
+
+def merged_card(tuned: TunedRun) -> str:
+    """Of a run merged into its base; a study's export says more."""
+    base = public_name(tuned.meta["model"])
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: transformers\n"
+        f"tags: [representation-tuning]\n---\n# {_title(base, tuned)}\n\n`{base}` with "
+        f"representation tuning (arXiv 2409.06927), merged: {trained_what(tuned)}. "
+        "Made with reptune_jax.\n"
+    )
+
+
+def adapter_card(base: str, tuned: TunedRun) -> str:
+    """Of an adapter folder."""
+    base = public_name(base)
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [representation-tuning, lora]\n---\n"
+        f"# {_title(base, tuned)}, adapter\n\nFor `{base}`: {trained_what(tuned)}. "
+        "Made with reptune_jax.\n\n```python\nfrom peft import PeftModel\n"
+        'model = PeftModel.from_pretrained(base, "this")\n```\n'
+    )
+
+
+def trained_what(tuned: TunedRun) -> str:
+    """What a run trained, in words."""
+    first, stop = tuned.meta["layers"]
+    what = ", ".join(tuned.config["train"]["modules"])
+    if lora := tuned.lora:
+        what = f"LoRA of rank {lora['rank']} and alpha {lora['alpha']:g} on "
+        what += ", ".join(lora["targets"])
+    return f"{what} of layers {first} to {stop - 1}"
+
+
+def public_name(name: str) -> str:
+    """A local path means nothing to who downloads a model, and says where it was made."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _title(base: str, tuned: TunedRun) -> str:
+    behavior, name = Path(tuned.config["behavior"]).stem, tuned.name
+    return f"{base.rsplit('/', 1)[-1]}, {behavior} {name.arm} {name.sign:+d}"

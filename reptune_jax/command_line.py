@@ -1,0 +1,143 @@
+"""The command line as people type it, before absl's and ml_collections' flags read it.
+
+--config=sentiment:quick             a shipped config by name; a path works as before
+--config.study.arms=base,steer       tuples as plain lists
+--version, --help                    end with exit code 0
+no --config, but --workdir=DIR       where a program allows it: the config of that study
+"""
+
+import ast
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from flax import traverse_util
+
+from reptune_jax import config as configs
+
+_STORED = Path(__file__).parent / "stored_config.py"
+
+
+def run(
+    entry: Callable[[list[str]], Any], doc: str | None, shown: Sequence[str], of_study: bool = False
+) -> None:
+    """Parses the flags that are defined, then calls entry(arguments that are no flags).
+
+    --help says `doc` and the flags in `shown`. `of_study`: without --config, take that of the study
+    in --workdir.
+
+    Raises:
+      ValueError: a flag that is missing, unknown or malformed; a config that is not there.
+    """
+    given = sys.argv[1:]
+    sys.modules["__main__"].__doc__ = doc
+    for name in shown:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    if "--version" in given:
+        print(f"reptune_jax {metadata.version('reptune_jax')}")
+        return
+    asks = any(arg in ("-h", "-?", "--help", "--helpshort", "--helpfull") for arg in given)
+    try:
+        if not asks:
+            sys.argv[1:] = prepare(given, of_study)  # where ml_collections looks for overrides
+        app.run(entry, flags_parser=_parse)
+    except SystemExit as end:  # absl calls showing help a failure
+        raise SystemExit(0 if asks else end.code) from None
+
+
+def prepare(given: Sequence[str], of_study: bool = False) -> list[str]:
+    """The arguments as the flag libraries take them.
+
+    Raises:
+      ValueError: no such config; a value that is no list of what its key holds.
+    """
+    joined: list[str] = []
+    for arg in given:  # --config NAME is --config=NAME
+        if joined and joined[-1] in ("--config", "--workdir"):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    values = {k: v for k, _, v in (arg.partition("=") for arg in joined)}
+    if of_study and "--config" not in values and "--workdir" in values:
+        joined.insert(0, f"--config={_STORED}:{values['--workdir']}")  # before its overrides
+    kinds = traverse_util.flatten_dict(configs.default().to_dict(), sep=".")
+    out = []
+    for arg in joined:
+        name, equals, value = arg.partition("=")
+        key = name.removeprefix("--config.")
+        if name == "--config":
+            value = find_config(value)
+        elif key != name and isinstance(kinds.get(key), tuple):
+            value = as_tuple(key, value, kinds[key])
+        out.append(f"{name}{equals}{value}")
+    return out
+
+
+def find_config(given: str) -> str:
+    """A shipped config's name, or a path, with its argument if it has one -> path[:argument].
+
+    Raises:
+      ValueError: neither; with the likely name.
+    """
+    name, colon, argument = given.partition(":")
+    if name.endswith(".py") or "/" in name:
+        if not Path(name).is_file():
+            raise ValueError(f"--config: got {name!r}, which is not a file. {_expected(name)}")
+        return given
+    path = shipped_configs() / f"{name}.py"
+    if not path.is_file():
+        raise ValueError(f"--config: got {name!r}. {_expected(name)}")
+    return f"{path}{colon}{argument}"
+
+
+def shipped_configs() -> Path:
+    """In a wheel they lie within the package, in a clone beside it."""
+    here = Path(__file__).parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def as_tuple(key: str, text: str, like: tuple[Any, ...]) -> str:
+    """`a,b` as the literal of a tuple of what `like` holds; a literal stays as it is.
+
+    Raises:
+      ValueError: something else than such a list.
+    """
+    try:
+        found = ast.literal_eval(text)
+        found = tuple(found) if isinstance(found, tuple | list) else (found,)
+    except (ValueError, SyntaxError):
+        found = tuple(part.strip() for part in text.strip("()[]").split(",") if part.strip())
+    kind = type(like[0])
+    if kind is float:
+        found = tuple(float(v) if type(v) is int else v for v in found)
+    if not all(type(value) is kind for value in found):
+        names = {int: "whole numbers", float: "numbers", str: "names"}
+        raise ValueError(
+            f"{key}: got {text!r}, expected {names[kind]} with commas between them. "
+            f"Example: --config.{key}={','.join(map(str, like))}."
+        )
+    return repr(found)
+
+
+def _expected(name: str) -> str:
+    known = sorted(path.stem for path in shipped_configs().glob("*.py"))
+    close = difflib.get_close_matches(Path(name).stem, known, n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Expected a path to a config file, or one of {', '.join(known)}.{meant}"
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        root: BaseException = error
+        while (before := root.__cause__ or root.__context__) is not None:
+            root = before
+        if "parsing config file" in str(error) and root is not error:
+            raise ValueError(str(root)) from None  # what the config file itself had to say
+        text = str(error).splitlines()[0]
+        raise ValueError(f"{text.removeprefix('flag ')} See --help.") from None

@@ -1,0 +1,1 @@
+"""What a step costs: FLOPs, memory, collectives, and what hardware can do."""

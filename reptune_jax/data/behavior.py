@@ -1,0 +1,70 @@
+"""A behavior: what it is called, how it is asked for, and what it is measured by."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+from reptune_jax.data import positions, schema
+from reptune_jax.data.schema import Item, select
+
+KINDS = ("free", "claim")  # open prompts that are answered in words; claims that are judged
+
+# Where a vector can be read, and a cosine taken, in each kind's texts.
+_POSITIONS = {
+    ("free", "vector.position"): ("response", "last", "all"),
+    ("free", "loss.position"): ("response", "last", "all"),
+    ("claim", "vector.position"): ("before_answer", "last", "response", "all"),
+    ("claim", "loss.position"): ("before_answer", "last", "all"),  # the label is one token
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Behavior:
+    """The items of a behavior file and what follows from them; read once, by `load`."""
+
+    name: str
+    items: tuple[Item, ...] = dataclasses.field(repr=False)
+    measures: tuple[str, ...]  # "metric:format" of `evals.measures`, the first is the main one
+
+    @property
+    def kind(self) -> str:
+        """free, if it has open prompts; else claim."""
+        return "free" if self.select(format="free") else "claim"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Identifies the items: processes with other data must not work together."""
+        return hashlib.sha256(repr(list(self.items)).encode()).hexdigest()[:16]
+
+    def select(self, split: str | None = None, format: str | None = None) -> list[Item]:
+        """Items of a split, of a format, or of both, in file order."""
+        return select(self.items, split, format)
+
+    def check_position(self, key: str, position: str) -> None:
+        """Raises ValueError where `key` (a config's) has a position that its texts do not."""
+        known = _POSITIONS[self.kind, key]
+        if position in known:
+            return
+        if position in positions.NAMED:
+            raise ValueError(
+                f"{key}: got {position!r}, expected one of {', '.join(known)}, or a negative "
+                f"offset from the end of the prompt, for {self.name}, a behavior with "
+                f"{'open prompts' if self.kind == 'free' else 'claims'}."
+            )
+        positions.offset(position)
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Behavior:
+    """A shipped behavior, or a .jsonl of one's own.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file or behavior; a line that is wrong, by number.
+    """
+    about, items = schema.read_jsonl(schema.find(name_or_path))
+    name = str(about.get("behavior") or Path(name_or_path).stem)
+    formats = {item.format for item in items}
+    default = [f"logodds:{form}" for form in ("free", "claim", "ab") if form in formats]
+    measures = tuple(about.get("measures") or default)
+    return Behavior(name, tuple(items), measures)

@@ -1,0 +1,96 @@
+"""What can be measured, as one table: every results row, table, plot and card reads it.
+
+A behavior file names the measures of its behavior as "metric:format"; a metric with a judge scores
+generated answers. A measure of one's own is an entry here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from reptune_jax.evals import judges
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One kind of number. `formats` are those of items whose behavior it measures; () = none."""
+
+    about: str
+    label: str
+    unit: str = ""
+    higher: str = ""  # what more of it means
+    formats: tuple[str, ...] = ()
+    judge: Callable[[str], float] | None = None  # of a generated answer; higher = more behavior
+
+
+METRICS = {
+    "vader": Metric(
+        "VADER compound of the continuation only, repeated words capped",
+        "VADER of generated answers",
+        higher="more positive",
+        formats=("free",),
+        judge=judges.vader,
+    ),
+    "logodds": Metric(
+        "log p(pos) - log p(neg) of the item's contrast; a claim's pos is the right verdict",
+        "Log-odds",
+        "nats",
+        "more of the behavior",
+        ("free", "claim", "ab"),
+    ),
+    "nll": Metric("of a neutral document, summed over its n_tokens", "Log loss", "nats", "worse"),
+    "kl": Metric("KL(base || arm), mean over a document", "KL", "nats/token", "further from base"),
+    "top1": Metric("share of tokens whose likeliest next is the base's", "Top-1", "", "closer"),
+    "own_ce": Metric("of the base's own greedy answer", "Own CE", "nats/token", "further"),
+    "cos": Metric("of the residual stream to the vector, at a layer and position", "Mean cosine"),
+    "distinct2": Metric("distinct share of a generation's word bigrams", "Distinct-2"),
+    "rep4": Metric("repeated share of a generation's word 4-grams", "Repeated 4-grams"),
+    "judge": Metric("the judge's score of a text labelled 1 (pos) or 0 (neg)", "Judge"),
+}
+_FORMATS = {"free": "open prompts", "claim": "claims", "ab": "scenarios"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A behavior metric on one format of items, never pooled with another format's scale."""
+
+    metric: str
+    format: str
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge of generated answers gives the number."""
+        return METRICS[self.metric].judge is not None
+
+    @property
+    def label(self) -> str:
+        """What the number is, for headings and axes."""
+        metric = METRICS[self.metric]
+        if self.judged:
+            return metric.label
+        unit = f" ({metric.unit})" if metric.unit else ""
+        return f"{metric.label}, {_FORMATS.get(self.format, self.format)}{unit}"
+
+    def __str__(self) -> str:
+        return f"{self.metric}:{self.format}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Measure":
+        """The reverse of `str`.
+
+        Raises:
+          ValueError: not a behavior metric, or not one of that format.
+        """
+        found = {str(measure): measure for measure in known()}
+        if text not in found:
+            raise ValueError(f"measure: got {text!r}, expected one of {', '.join(found)}.")
+        return found[text]
+
+
+def known() -> list[Measure]:
+    """All that a behavior can be measured by."""
+    return [Measure(name, form) for name, metric in METRICS.items() for form in metric.formats]
+
+
+def judged(measures: Iterable[str]) -> str | None:
+    """The metric, of a behavior's measures, that judges generated answers; None if none does."""
+    return next((m.metric for m in map(Measure.parse, measures) if m.judged), None)

@@ -1,0 +1,207 @@
+"""A study's folder and its runs' folders: every path and name in them, and whose they are.
+
+    workdir/                    Study
+      config.json               whose it is, with versions, commit and device
+      vector.safetensors        the behavior vector
+      targets.jsonl             what the token loss learns from, where the model writes it
+      results/*.parquet         per-item results: baseline, steering
+      dual+_s0/                 Run: arm, sign and seed
+        config.json  vector*.safetensors  checkpoints/N/  metrics.jsonl  events.*  done.json
+        results/tuned.parquet
+      report/index.html         and report/plots/*.png
+      export/dual+_s0/          a Hugging Face folder; export/dual+_s0_adapter/ for peft
+
+A folder belongs to the config that claimed it: the same config resumes, another is refused by name.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from reptune_jax import config as configs
+from reptune_jax import distributed
+
+_NAME = re.compile(r"(?P<arm>[a-z]+)(?P<sign>[+-])_s(?P<seed>\d+)")
+
+
+class RunName(NamedTuple):
+    """What tells the runs of a study apart; written `dual+_s0`."""
+
+    arm: str
+    sign: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm}{'+' if self.sign > 0 else '-'}_s{self.seed}"
+
+    @classmethod
+    def of(cls, c: ConfigDict) -> "RunName":
+        """The run that a config describes."""
+        return cls(c.arm, c.sign, c.seed)
+
+    @classmethod
+    def parse(cls, name: str) -> "RunName | None":
+        """The reverse of `str`; None for a folder that is called otherwise."""
+        found = _NAME.fullmatch(name)
+        return found and cls(found["arm"], 1 if found["sign"] == "+" else -1, int(found["seed"]))
+
+
+def _at(name: str, about: str = "") -> Any:
+    return property(lambda folder: folder.path / name, doc=about)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    path: Path
+
+    config = _at("config.json")
+    vector = _at("vector.safetensors")
+
+
+class Run(_Folder):
+    """One tuned run's folder."""
+
+    metrics = _at("metrics.jsonl")
+    done = _at("done.json", "the last thing that training writes")
+    profile = _at("profile")
+    results = _at("results/tuned.parquet")
+
+    @property
+    def checkpoints(self) -> Path:
+        return (self.path / "checkpoints").absolute()  # Orbax takes no relative path
+
+    def vector_of(self, behavior: str) -> Path:
+        """The vector of a further behavior of the run."""
+        return self.path / f"vector_{behavior}.safetensors"
+
+    def finished(self) -> bool:
+        """Whether training ran to its end, or stopped early on purpose."""
+        return distributed.exists(self.done)
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Marks it as finished."""
+        distributed.once(lambda: write_whole(self.done, json.dumps(about) + "\n"))
+
+    def claim(self, c: ConfigDict) -> None:
+        """Makes it this config's; which other runs the study has may grow.
+
+        Raises:
+          ValueError: it belongs to another config.
+        """
+        _claim(self, configs.without(c.to_dict(), "study", "declared"))
+
+
+class Study(_Folder):
+    """A study's folder."""
+
+    targets = _at("targets.jsonl")
+    baseline = _at("results/baseline.parquet")
+    steering = _at("results/steering.parquet")
+    report = _at("report/index.html")
+    plots = _at("report/plots")
+
+    def run(self, name: RunName | str) -> Run:
+        """A run by name, there or not."""
+        return Run(self.path / str(name))
+
+    def export(self, name: RunName | str) -> Path:
+        """Where a run's Hugging Face folder goes."""
+        return self.path / "export" / str(name)
+
+    def adapter(self, name: RunName | str) -> Path:
+        """Where a run's LoRA alone goes, for peft."""
+        return self.path / "export" / f"{name}_adapter"
+
+    def runs(self) -> list[Run]:
+        """Those that have begun to save, by name."""
+        return [Run(path.parent) for path in sorted(self.path.glob("*/checkpoints"))]
+
+    def results(self) -> list[Path]:
+        """Every file of per-item results, the study's and its runs'."""
+        return sorted(self.path.glob("**/results/*.parquet"))
+
+    def metrics(self) -> list[Run]:
+        """The runs that logged anything."""
+        return [Run(path.parent) for path in sorted(self.path.glob("**/metrics.jsonl"))]
+
+    def claim(self, c: ConfigDict) -> None:
+        """Makes it this config's, whichever of its runs that describes.
+
+        Raises:
+          ValueError: it belongs to another config.
+        """
+        _claim(self, configs.without(c.to_dict(), "study", "run"))
+
+
+def read_config(folder: _Folder) -> dict[str, Any]:
+    """The config that a folder belongs to, as JSON has it.
+
+    Raises:
+      ValueError: its config.json is of something else.
+    """
+    stored = json.loads(folder.config.read_text())
+    if "config" not in stored:
+        raise ValueError(
+            f"workdir {folder.path}: holds a config.json that is not a run's, expected a new "
+            "folder or a run's. Use another --workdir."
+        )
+    return stored["config"]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and device, for the record."""
+    import jax
+
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    return {
+        "versions": {name: metadata.version(name) for name in packages},
+        "commit": _git_commit(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader sees the old file or the whole new one."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _claim(folder: _Folder, values: dict[str, Any]) -> None:
+    distributed.same(config=configs.digest(values))
+    distributed.once(lambda: _write_config(folder, values))
+    if not distributed.everywhere(folder.config.exists()):
+        raise ValueError(
+            f"workdir {folder.path}: not every process sees what process 0 wrote there, expected "
+            "one folder. Use a file system that all hosts share."
+        )
+
+
+def _write_config(folder: _Folder, values: dict[str, Any]) -> None:
+    values = json.loads(json.dumps(configs.without(values, "shown")))  # tuples become lists
+    if not folder.config.exists():
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_whole(folder.config, json.dumps({"config": values, **environment()}, indent=1) + "\n")
+    elif changed := configs.differences(read_config(folder), values):
+        lines = "\n  ".join(changed)
+        raise ValueError(
+            f"workdir {folder.path}: holds a run of another config:\n  {lines}\n"
+            "Use another --workdir, or the same config to resume."
+        )
+
+
+def _git_commit() -> str:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # installed from a wheel

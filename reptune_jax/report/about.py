@@ -1,0 +1,135 @@
+"""What a study is, what was chosen in it, and what cannot be concluded from it."""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+
+from reptune_jax.config import TUNED_ARMS
+from reptune_jax.evals import judges
+from reptune_jax.evals.measures import Measure
+from reptune_jax.report import study as studies
+from reptune_jax.report import tables
+from reptune_jax.report.blocks import interval, number
+from reptune_jax.report.study import Study
+
+
+def facts(study: Study) -> list[tuple[str, str]]:
+    """Header lines: what was run, on what, by which code."""
+    rows, vector = study.rows, study.vector
+    value = functools.partial(studies.config_value, study.config)
+    arms = ", ".join(dict.fromkeys(c.name for c in study.settings()))
+    tuned = rows[rows.arm.isin(TUNED_ARMS)]
+    read = ("model", "method", "position", "norm", "pairs", "layers", "sha256")
+    vector_text = "; ".join(
+        f"{k} {_short(vector[k])}" for k in read if vector.get(k) not in (None, "")
+    )
+    found = [
+        ("Model", _short(value("model") or vector.get("model") or "")),
+        ("Model digest", ", ".join(sorted(set(rows.model_sha) - {""}))),
+        ("Vector", vector_text or "none in the study folder"),
+        ("Arms", arms),
+        ("Training seeds", ", ".join(map(str, sorted(tuned.seed.unique()))) or "nothing tuned yet"),
+        ("Code", f"commit {value('commit')}" if value("commit") else ""),
+        ("Config digest", studies.config_sha(study.config)),
+        ("Device", str(value("device") or "")),
+        ("Dtype", str(value("dtype") or "")),
+        ("Results", f"{len(rows):,} rows, {rows.item_id.nunique():,} items"),
+    ]
+    return [(name, text) for name, text in found if text]
+
+
+def selection(study: Study) -> list[str]:
+    """What was chosen, on which split, by which rule."""
+    lines = []
+    for sign in (1, -1):
+        steer = study.pick("steer", sign)
+        if steer is None:
+            continue
+        budget = study.budget(sign)
+        swept = [c for c in study.settings(split="val") if (c.arm, c.sign) == ("steer", sign)]
+        limit = f", KL budget {budget:.3g} nats/token" if np.isfinite(budget) else ""
+        where = f"layer {steer.layer}" if steer.layer >= 0 else "several layers"
+        dose, kl = f"{steer.dose:+g}".replace("-", "−"), number(study.kl(steer))
+        lines.append(
+            f"{steer.name}: {where}, dose {dose}; KL on neutral prose {kl} nats/token "
+            f"({len(swept)} settings swept on validation{limit})."
+        )
+    return lines
+
+
+def limitations(study: Study) -> list[str]:
+    """Sentences that follow from the data alone."""
+    rows = study.rows
+    lines = [_judge_line(study, study.judged)] if study.judged else []
+    for measure in study.measures():
+        test = rows[
+            (rows.metric == measure.metric)
+            & (rows.format == measure.format)
+            & (rows.split == "test")
+        ]
+        clusters, missing = test.cluster.nunique(), int(test.value.isna().sum())
+        lines.append(
+            f"{measure.label}: {test.item_id.nunique()} test items in {clusters} clusters"
+            + (f", {missing} values missing" if missing else ", none missing")
+            + (
+                "; fewer than 120 clusters, so small differences cannot show."
+                if clusters < 120
+                else "."
+            )
+        )
+    tuned = rows[rows.arm.isin(TUNED_ARMS)]
+    seeds = tuned.groupby("arm").seed.nunique()
+    if len(seeds) and seeds.min() < 3:
+        lines.append(
+            f"Tuned arms have as few as {seeds.min()} training seed(s): the intervals then "
+            "describe these checkpoints rather than the method."
+        )
+    elif len(seeds):
+        lines.append(f"{seeds.min()} training seeds: resampling so few understates how seeds vary.")
+    for sign in (1, -1):
+        steer = study.pick("steer", sign)
+        if steer and study.kl(steer) > 1.05 * study.budget(sign):
+            lines.append(
+                f"{steer.name} costs more KL than dual ({number(study.kl(steer))} against "
+                f"{number(study.budget(sign))} nats/token): not a comparison at equal cost."
+            )
+    if study.primary_chosen:
+        lines.append("The primary measure was chosen with a flag, not by the study.")
+    absent = [arm for arm in ("prompt", *tables.RIVALS[1:], "dual") if arm not in set(rows.arm)]
+    if absent:
+        lines.append(f"Arms not run: {', '.join(absent)}.")
+    if not (rows.split == "ood").any():
+        lines.append("No out-of-distribution split was scored.")
+    if not rows.metric.isin(["nll", "kl"]).any():
+        lines.append("Retention was not measured.")
+    else:
+        lines.append(
+            f"The non-inferiority margin of {study.margin:g} nats/token is a declared choice; "
+            "retention is measured on the neutral texts of this study only."
+        )
+    models = sorted(set(rows.model_sha) - {""})
+    lines.append(
+        f"{max(1, len(models))} model, {rows.behavior.nunique()} behavior: no claim beyond them."
+    )
+    return lines
+
+
+def _judge_line(study: Study, measure: Measure) -> str:
+    name = f"The judge ({measure.label})"
+    rows = study.rows[(study.rows.metric == "judge") & study.rows.label.notna()]
+    if rows.empty:
+        return f"{name} was not checked against labelled texts in this study."
+    auroc = judges.judge_auroc(rows.value, rows.label, rows.cluster)
+    weak = auroc.estimate < judges.MIN_AUROC
+    return (
+        f"{name} separates labelled reference answers with AUROC "
+        f"{interval(auroc, signed=False)} ({auroc.n} texts)"
+        + (": too weak to be evidence." if weak else ".")
+    )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 120 else text[:117] + "…"

@@ -1,0 +1,125 @@
+"""What the untuned model computes at a run's examples, once instead of in every step.
+
+Base cosines, for losses that hold to them or shift from them; and what enters the lowest trained
+layer, since nothing below it changes: steps then begin there.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from reptune_jax.console import say
+from reptune_jax.data.batches import Examples, Retention
+from reptune_jax.lm import Model
+from reptune_jax.model.intervene import Probe
+from reptune_jax.model.read import read_at_once
+from reptune_jax.model.transformer import Decoder
+from reptune_jax.tuning.corpus import Corpus
+from reptune_jax.tuning.objective import Objective, needs_anchors
+
+# Of the runs of a study, which share examples; the oldest go when there is no room.
+_known: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+
+
+def with_base_values(
+    c: ConfigDict, corpus: Corpus, model: Model, decoder: Decoder, objective: Objective
+) -> Corpus:
+    """The corpus with what steps need of the untuned model, where that pays."""
+    B, probe = c.eval.batch, objective.probe
+    if needs_anchors(c):
+        train, val = (add_cosines(x, model, probe, B) for x in (corpus.train, corpus.val))
+        corpus = corpus._replace(train=train, val=val)
+    sides = {k: getattr(corpus, k) for k in ("train", "val", "retention", "retention_val")}
+    sides = {name: side for name, side in sides.items() if side is not None}
+    gib = below_gib(model, c.train.layers[0], *sides.values())
+    if not 0 < gib <= c.train.cache_gib:
+        return corpus
+    began = time.monotonic()
+    limit = int(c.train.cache_gib * 2**30)
+    known = {
+        name: add_below(side, model, decoder, objective, B, limit) for name, side in sides.items()
+    }
+    say(
+        f"layers below {c.train.layers[0]}: computed once for all rows, {gib:.2f} GiB, "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+    return corpus._replace(**known)
+
+
+def add_cosines(examples: Examples, model: Model, probe: Probe, batch: int) -> Examples:
+    """The examples with the untuned model's cosines, each with its own behavior's vector."""
+
+    def cosines(tokens_BxT: Any, mask_BxT: Any, of_B: Any) -> Any:
+        asked = {"probe": _of_each(probe, of_B), "hidden": False}
+        found = read_at_once(model.decoder, model.params, tokens_BxT, mask_BxT, **asked)
+        return found.cosine_NxBxT.swapaxes(0, 1)
+
+    inputs = examples.tokens_BxT, examples.mask_BxT, examples.of_B
+    return dataclasses.replace(examples, base_BxNxT=model.in_batches(cosines, inputs, batch))
+
+
+def below_gib(model: Model, first: int, *sides: Examples | Retention) -> float:
+    """What `add_below` would hold on the host; 0 where there is no layer below."""
+    tokens = sum(side.tokens_BxT.size for side in sides)
+    return bool(first) * tokens * model.arch.D * model.dtype.itemsize / 2**30
+
+
+def add_below(
+    side: Examples | Retention,
+    model: Model,
+    decoder: Decoder,
+    objective: Objective,
+    batch: int,
+    limit: int = 2**32,
+) -> Any:
+    """With the residual stream that enters the segment `tuned`, and an example's cosines below it.
+
+    What enters depends on model and tokens only; cosines also on the probe. `limit` is the bytes
+    that are remembered for the runs that follow.
+    """
+
+    def below(tokens_BxT: Any, mask_BxT: Any, *of: Any) -> Any:
+        asked = {"probe": _of_each(objective.probe, of[0])} if of else {}
+        found = read_at_once(
+            decoder, objective.frozen, tokens_BxT, mask_BxT, leave="tuned", **asked
+        )
+        cosine = None if found.cosine_NxBxT is None else found.cosine_NxBxT.swapaxes(0, 1)
+        return found.hidden_BxTxD, cosine
+
+    tokens = side.tokens_BxT, side.mask_BxT
+    entered = _key(model.sha, model.dtype, decoder.segments, *tokens)
+    if isinstance(side, Retention):
+        if entered not in _known:
+            _remember(entered, model.in_batches(below, tokens, batch)[0], limit)
+        return dataclasses.replace(side, below_BxTxD=_known[entered])
+    probed = _key(entered, side.of_B, *map(np.asarray, jax.tree.leaves(objective.probe)))
+    if entered not in _known or probed not in _known:
+        x_BxTxD, cosine_BxMxT = model.in_batches(below, (*tokens, side.of_B), batch)
+        _remember(entered, _known.get(entered, x_BxTxD), limit)
+        _remember(probed, cosine_BxMxT, limit)
+    return dataclasses.replace(side, below_BxTxD=_known[entered], below_cosine_BxMxT=_known[probed])
+
+
+def _of_each(probe: Probe, of_B: Any) -> Probe:
+    return jax.tree.map(lambda a: a[:, of_B], probe)
+
+
+def _key(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return found.hexdigest()
+
+
+def _remember(key: str, value: np.ndarray, limit: int) -> None:
+    """As the newest; older ones go until all fit, but never the last two, which are in use."""
+    _known.pop(key, None)
+    _known[key] = value
+    while len(_known) > 2 and sum(a.nbytes for a in _known.values()) > limit:
+        _known.popitem(last=False)

@@ -1,0 +1,1 @@
+"""What watches a run: metrics.jsonl, TensorBoard events, cosines and their picture."""

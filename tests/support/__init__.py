@@ -1,0 +1,1 @@
+"""What test modules share: tiny models and behaviors, references, programs in processes."""

@@ -1,0 +1,73 @@
+"""Steps that begin at the lowest trained layer are those that begin at the tokens."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from reptune_jax import config, lm, train
+from reptune_jax.data.batches import Batch, stack_examples
+from reptune_jax.tuning import base_cache
+from reptune_jax.tuning import step as steps
+from tests.support import tiny, tiny_behavior, tuning_case
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def model(request, tmp_path_factory):
+    make, overrides = tiny.VARIANTS[request.param]
+    return lm.load(str(make(tmp_path_factory.mktemp(request.param), **overrides)), "float32")
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_step_from_kept_states_has_the_losses_and_gradient_of_one_from_tokens(model, rank):
+    c = tuning_case.settings(train__lora__rank=rank, train__layers=(2, 4), loss__layers=(1, 3))
+    c.train.modules, c.loss.retain, c.loss.l2 = ("attn/v", "attn/o"), 2.0, 1.0
+    c.loss.also.second = config.also_behavior("unused")
+    c.loss.also.second.layers = (0, 4)
+    case = tuning_case.case(model, c, also={"second": tuning_case.vector(model, seed=1)})
+    examples = tuning_case.examples(5, model.arch.V)
+    rows = stack_examples(examples, model.pad_id, tuning_case.T, [0, 1, 1, 0, 1])
+    keep = tuning_case.retention_rows(model, 3, layers=c.train.layers)
+    moved = {
+        path: leaf + 0.05 * jax.random.normal(jax.random.key(1), leaf.shape)
+        for path, leaf in case.state.trained.items()
+    }
+
+    def gradient(batch):
+        args = case.decoder, moved, case.objective, batch, case.objective.weight_J
+        return jax.jit(steps.gradient, static_argnums=(0, 5))(*args, 1)
+
+    grads, (mean_J, cosine_KxN) = gradient(Batch(rows, keep))
+    known = [
+        base_cache.add_below(side, model, case.decoder, case.objective, 2) for side in (rows, keep)
+    ]
+    assert known[0].below_BxTxD.shape == (5, tuning_case.T, model.arch.D)
+    ours, (mean_ours_J, cosine_ours_KxN) = gradient(Batch(*known))
+    np.testing.assert_allclose(mean_ours_J, mean_J, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(cosine_ours_KxN, cosine_KxN, rtol=1e-4, atol=1e-6)
+    for path, g in grads.items():
+        scale = float(jnp.abs(g).max())
+        np.testing.assert_allclose(ours[path], g, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_run_is_the_same_with_and_without_kept_states(model, tmp_path, monkeypatch, capsys):
+    tiny_behavior.patch_neutral(monkeypatch)
+    behavior, logs = tiny_behavior.write(tmp_path), {}
+    for gib in (0.0, 1.0):
+        c = tiny_behavior.settings(model.name, behavior, loss__retain=0.5, train__cache_gib=gib)
+        folder = train.run(c, tmp_path / str(gib), model)
+        assert ("layers below 1: computed once" in capsys.readouterr().out) == bool(gib)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        logs[gib] = [json.loads(line) for line in lines]
+    for a, b in zip(*logs.values(), strict=True):
+        for key in a.keys() - {"examples_per_s", "tokens_per_s"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+
+
+def test_what_is_kept_fits_what_is_allowed(model):
+    rows = tuning_case.batch(model).examples
+    size = rows.tokens_BxT.size * model.arch.D * 4 / 2**30
+    assert base_cache.below_gib(model, 1, rows) == pytest.approx(size)
+    assert base_cache.below_gib(model, 0, rows) == 0
