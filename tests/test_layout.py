@@ -171,6 +171,16 @@ def test_imports_go_from_right_to_left(path):
     assert not problems, "\n".join([relative(path), *problems])
 
 
+def test_tests_mirror_the_package_and_share_through_support_only():
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    folders = {path.parent.name for path in tests} - {"tests", "support"}
+    assert folders <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    for path in tests:
+        names = {name for _, name in imports_of(path) if name.split(".")[0] == "tests"}
+        wrong = {name for name in names if not name.startswith("tests.support")}
+        assert not wrong, f"{relative(path)} imports {wrong}: move what is shared to tests/support"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_a_studys_files_are_named_in_one_place(path):
     if path.name != "folder.py":

@@ -1,5 +1,6 @@
 """Steps that begin at the lowest trained layer are those that begin at the tokens."""
 
+import collections
 import json
 
 import jax
@@ -71,3 +72,17 @@ def test_what_is_kept_fits_what_is_allowed(model):
     size = rows.tokens_BxT.size * model.arch.D * 4 / 2**30
     assert base_cache.below_gib(model, 1, rows) == pytest.approx(size)
     assert base_cache.below_gib(model, 0, rows) == 0
+
+
+def test_what_enters_is_remembered_once_for_all_vectors_and_within_a_limit(model, monkeypatch):
+    monkeypatch.setattr(base_cache, "_known", collections.OrderedDict())
+    c, examples = tuning_case.settings(), tuning_case.batch(model).examples
+    entered = []
+    for seed in (0, 1):  # two vectors, the same examples
+        case = tuning_case.case(model, c, tuning_case.vector(model, seed))
+        found = base_cache.add_below(examples, model, case.decoder, case.objective, 4)
+        entered.append(found.below_BxTxD)
+    assert entered[0] is entered[1] and len(base_cache._known) == 3  # it, and two vectors' cosines
+    for i in range(4):
+        base_cache._remember(f"other {i}", np.zeros(1000, np.float32), limit=9000)
+    assert [*base_cache._known] == ["other 2", "other 3"]
