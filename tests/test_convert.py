@@ -244,17 +244,25 @@ def test_damaged_orbax_folders_are_refused(model, tmp_path):
         rt.load(str(out))
 
 
+def test_of_a_study_the_dual_run_is_taken_and_said(model, tmp_path, capsys):
+    for name in ("dual+_s0", "token+_s0"):
+        lora_case.make_run(tmp_path / name, model)
+    assert convert.find_run(tmp_path).folder.name == "dual+_s0"
+    assert "taking dual+_s0" in capsys.readouterr().out
+
+
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    (tmp_path / "study" / "dual+_s0" / "checkpoints").mkdir(parents=True)
+    for name in ("token+_s0", "token-_s0"):  # none that is meant without saying so
+        (tmp_path / "study" / name / "checkpoints").mkdir(parents=True)
     new = str(tmp_path / "new")
     for args, message in [
         ((model.name, str(tmp_path / "full")), "is a file or not empty, expected a new folder"),
         ((str(tmp_path / "absent"), new), "does not exist"),
         ((model.name, new, "gguf"), "format: got 'gguf', expected one of orbax, hf, adapter"),
         ((model.name, new, "adapter"), "which is no tuned run, expected a run with train.lora"),
-        ((str(tmp_path / "study"), new), r"is the folder of a study.*study/dual\+_s0"),
+        ((str(tmp_path / "study"), new), r"is the folder of a study.*study/token\+_s0"),
         ((model.name, new, "hf", "int8"), "dtype: got 'int8', expected one of float32"),
         ((model.name, new, "hf", "", False, "x"), "base: got 'x' for .*, which is no tuned run"),
     ]:
