@@ -1,6 +1,6 @@
 """Honesty on Qwen2.5-0.5B-Instruct: verdicts on true and false claims, pressure scenarios.
 
-    python -m reptune_jax.study --config=configs/honesty.py --workdir=runs/honesty
+    python -m reptune_jax.study --config=honesty --workdir=runs/honesty
 
 The paper's recipe: the vector is read, and the cosine taken, at the newline before the answer cue.
 """

@@ -1,7 +1,7 @@
 """Large models, for `reptune_jax.plan` and as a start for a run: `configs/scale.py:llama-2-13b`.
 
 Trains all attention projections of the middle layers (13B: the paper's 11 to 17), weights sharded
-over all devices. `--config.train.modules='("attn","mlp","norm")'` trains everything in them.
+over all devices. `--config.train.modules=attn,mlp,norm` trains everything in them.
 """
 
 from ml_collections import ConfigDict

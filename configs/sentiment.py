@@ -1,6 +1,6 @@
 """Sentiment on SmolLM2-135M-Instruct: every arm, both signs, three seeds.
 
-    python -m reptune_jax.study --config=configs/sentiment.py --workdir=runs/sentiment
+    python -m reptune_jax.study --config=sentiment --workdir=runs/sentiment
 
 `configs/sentiment.py:quick` is the quickstart, cut down for two CPU cores; `:persona` has targets
 that the personas wrote without steering, so that only the vector brings in the vector.

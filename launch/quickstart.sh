@@ -42,4 +42,4 @@ for folder in "$workdir"/export/*/; do
     echo "Exported: $folder (an ordinary Hugging Face folder)"
   fi
 done
-echo "Chat:     .venv/bin/reptune chat ${flags[*]}"
+echo "Chat:     .venv/bin/reptune chat --workdir=$workdir"

@@ -1,19 +1,28 @@
 """Representation tuning in JAX: read a behavior vector, steer with it, tune it into the weights."""
 
 import os
-from importlib import metadata
 
 # transformers is used for tokenizers only, which need no torch; do not advise installing it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from reptune_jax.folder import version
 from reptune_jax.lm import Model, load, load_adapter, save_hf
 from reptune_jax.vectors.bake import bake
 from reptune_jax.vectors.pairs import extract
 from reptune_jax.vectors.steering_vector import SteeringVector
 
-__version__ = metadata.version("reptune_jax")
-__all__ = ["Model", "SteeringVector", "bake", "extract", "load", "load_adapter", "save_hf"]
+__version__ = version()
+__all__ = [
+    "Model",
+    "SteeringVector",
+    "__version__",
+    "bake",
+    "extract",
+    "load",
+    "load_adapter",
+    "save_hf",
+]
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

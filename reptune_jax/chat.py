@@ -67,12 +67,14 @@ def conditions(c: ConfigDict, workdir: Path) -> dict[str, Condition]:
     return {
         "base": Condition(base, "base"),
         f"steered {tuned.sign * c.chat.dose:+g} at layer {c.chat.layer}": steered,
-        f"tuned {c.chat.run}": tuned,
+        f"tuned {run_folder.name}": tuned,
     }
 
 
 def find_run(study: Study, name: str) -> Path:
     """The folder of a tuned run; an unknown name is answered with those that are there."""
+    if not name and (chosen := study.chosen()):
+        return chosen.path
     there = [run.path.name for run in study.runs()]
     if name not in there:
         raise ValueError(

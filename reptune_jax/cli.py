@@ -1,11 +1,17 @@
-"""`reptune PROGRAM …` is `python -m reptune_jax.PROGRAM …`; alone it lists the programs."""
+"""`reptune PROGRAM …` is `python -m reptune_jax.PROGRAM …`; alone it lists the programs.
+
+reptune study --config=sentiment:quick --workdir=runs/quickstart
+reptune chat --workdir=runs/quickstart
+reptune convert --from=runs/quickstart --to=folder
+"""
 
 import ast
 import difflib
 import runpy
 import sys
-from importlib.metadata import version
 from pathlib import Path
+
+from reptune_jax.folder import version
 
 PROGRAMS = {
     "study": "reptune_jax.study",
@@ -28,7 +34,7 @@ def main() -> None:
         print(overview())
         return
     if name == "--version":
-        print(f"reptune_jax {version('reptune_jax')}")
+        print(f"reptune_jax {version()}")
         return
     if name not in PROGRAMS:
         print(f"error: {unknown(name)}", file=sys.stderr)

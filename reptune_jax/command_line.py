@@ -8,9 +8,10 @@ no --config, but --workdir=DIR       where a program allows it: the config of th
 
 import ast
 import difflib
+import functools
+import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from absl import app, flags
 from flax import traverse_util
 
 from reptune_jax import config as configs
+from reptune_jax.folder import version
 
 _STORED = Path(__file__).parent / "stored_config.py"
 
@@ -38,12 +40,12 @@ def run(
     for name in shown:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     if "--version" in given:
-        print(f"reptune_jax {metadata.version('reptune_jax')}")
+        print(f"reptune_jax {version()}")
         return
-    asks = any(arg in ("-h", "-?", "--help", "--helpshort", "--helpfull") for arg in given)
+    asks = [arg for arg in given if arg in ("-h", "-?", "--help", "--helpshort", "--helpfull")]
     try:
-        if not asks:
-            sys.argv[1:] = prepare(given, of_study)  # where ml_collections looks for overrides
+        # Not handed over: ml_collections looks for overrides here.
+        sys.argv[1:] = asks or prepare(given, of_study)
         app.run(entry, flags_parser=_parse)
     except SystemExit as end:  # absl calls showing help a failure
         raise SystemExit(0 if asks else end.code) from None
@@ -55,24 +57,23 @@ def prepare(given: Sequence[str], of_study: bool = False) -> list[str]:
     Raises:
       ValueError: no such config; a value that is no list of what its key holds.
     """
-    joined: list[str] = []
+    joined = [""]
     for arg in given:  # --config NAME is --config=NAME
-        if joined and joined[-1] in ("--config", "--workdir"):
+        takes = joined[-1] in ("--config", "--workdir") or _tuple_of(joined[-1])
+        if takes and not arg.startswith("--"):
             joined[-1] += f"={arg}"
         else:
             joined.append(arg)
     values = {k: v for k, _, v in (arg.partition("=") for arg in joined)}
     if of_study and "--config" not in values and "--workdir" in values:
-        joined.insert(0, f"--config={_STORED}:{values['--workdir']}")  # before its overrides
-    kinds = traverse_util.flatten_dict(configs.default().to_dict(), sep=".")
+        joined.insert(1, f"--config={_STORED}:{values['--workdir']}")  # before its overrides
     out = []
-    for arg in joined:
+    for arg in joined[1:]:
         name, equals, value = arg.partition("=")
-        key = name.removeprefix("--config.")
         if name == "--config":
             value = find_config(value)
-        elif key != name and isinstance(kinds.get(key), tuple):
-            value = as_tuple(key, value, kinds[key])
+        elif equals and (like := _tuple_of(name)):
+            value = as_tuple(name.removeprefix("--config."), value, like)
         out.append(f"{name}{equals}{value}")
     return out
 
@@ -110,7 +111,8 @@ def as_tuple(key: str, text: str, like: tuple[Any, ...]) -> str:
         found = ast.literal_eval(text)
         found = tuple(found) if isinstance(found, tuple | list) else (found,)
     except (ValueError, SyntaxError):
-        found = tuple(part.strip() for part in text.strip("()[]").split(",") if part.strip())
+        parts = (part.strip("'\" ") for part in text.strip("()[] ").split(","))
+        found = tuple(part for part in parts if part)
     kind = type(like[0])
     if kind is float:
         found = tuple(float(v) if type(v) is int else v for v in found)
@@ -121,6 +123,21 @@ def as_tuple(key: str, text: str, like: tuple[Any, ...]) -> str:
             f"Example: --config.{key}={','.join(map(str, like))}."
         )
     return repr(found)
+
+
+def _tuple_of(flag: str) -> tuple[Any, ...] | None:
+    """What `--config.KEY` holds by default, where that is a tuple."""
+    key = flag.removeprefix("--config.")
+    value = _tuples().get(re.sub(r"^loss\.also\.[^.]+", "loss.also.*", key))  # of any name
+    return value if key != flag else None
+
+
+@functools.cache
+def _tuples() -> dict[str, tuple[Any, ...]]:
+    c = configs.default()
+    c.loss.also["*"] = configs.also_behavior("")
+    values = traverse_util.flatten_dict(c.to_dict(), sep=".")
+    return {key: value for key, value in values.items() if isinstance(value, tuple)}
 
 
 def _expected(name: str) -> str:
@@ -134,10 +151,12 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        root: BaseException = error
-        while (before := root.__cause__ or root.__context__) is not None:
-            root = before
-        if "parsing config file" in str(error) and root is not error:
-            raise ValueError(str(root)) from None  # what the config file itself had to say
-        text = str(error).splitlines()[0]
-        raise ValueError(f"{text.removeprefix('flag ')} See --help.") from None
+        text = str(error).splitlines()[0].removeprefix("flag ")
+        if missing := re.search(r"Flag (--\S+) must have a value", text):
+            raise ValueError(f"{missing[1]}: got none, which this needs. See --help.") from None
+        flag, failed, _ = text.partition(": Error whilst parsing config file")
+        if failed and error.__context__:  # which is the config's own error, told by ml_collections
+            own = error.__context__.__context__
+            # A ValueError is written for who chose the config, others say not where they are from.
+            raise ValueError(str(own) if isinstance(own, ValueError) else f"{flag}: {own}") from own
+        raise ValueError(f"{text.rstrip('.')}. See --help.") from None

@@ -233,7 +233,7 @@ def _study() -> ConfigDict:
 def _chat() -> ConfigDict:
     """What `python -m reptune_jax.chat` shows beside the untuned model; no result depends on it."""
     c = ConfigDict()
-    c.run = "dual+_s0"  # tuned run; its sign is the steered column's too
+    c.run = ""  # tuned run, e.g. dual-_s0, "" = the exported one; steered by its sign too
     c.layer = 15  # where the steered column adds the vector
     c.dose = 1.0  # how much of it
     c.new_tokens = 64

@@ -61,28 +61,24 @@ def run(
 
 
 def find_run(folder: Path) -> TunedRun | None:
-    """The tuned run in a folder, of a study its `dual` one; None where it is something else.
+    """The tuned run in a folder, of a study the exported one; None where it is something else.
 
     Raises:
       ValueError: the study has several runs, and none that is meant without saying so.
     """
     if Run(folder).checkpoints.is_dir():
         return tuned_run.load(folder)
-    runs = Study(folder).runs()
+    study = Study(folder)
+    runs, chosen = study.runs(), study.chosen()
     if not runs:
         return None
-    names = {run.path.name: run for run in runs}
-    chosen = runs[0] if len(runs) == 1 else names.get("dual+_s0")
     if chosen is None:
         raise ValueError(
             f"{folder}: is the folder of a study, expected that of one run. Name one of "
             f"{', '.join(str(run.path) for run in runs)}."
         )
-    others = ", ".join(sorted(names.keys() - {chosen.path.name}))
-    say(
-        f"{folder}: a study; taking {chosen.path.name}"
-        + (f" (there are {others})" if others else "")
-    )
+    others = ", ".join(run.path.name for run in runs if run != chosen) or "no other"
+    say(f"{folder}: a study; taking {chosen.path.name} (there is {others})")
     return tuned_run.load(chosen.path)
 
 

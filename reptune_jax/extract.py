@@ -1,6 +1,6 @@
 """Program: contrastive data to a behavior vector, and the texts that tuning will learn from.
 
-    python -m reptune_jax.extract --config=configs/sentiment.py --workdir=runs/sentiment
+    python -m reptune_jax.extract --config=sentiment --workdir=runs/sentiment
 
 Writes `vector.safetensors` and `targets.jsonl` into the work folder; skips what is there.
 """

@@ -123,6 +123,21 @@ class Study(_Folder):
         """Those that have begun to save, by name."""
         return [Run(path.parent) for path in sorted(self.path.glob("*/checkpoints"))]
 
+    def chosen(self) -> Run | None:
+        """The run that stands for the study where none is named.
+
+        Its only one; else of those that it exported, or of the arm that is exported by default,
+        the first: + before -, low seeds first.
+        """
+        runs = self.runs()
+        if len(runs) == 1:
+            return runs[0]
+        names = [name for run in runs if (name := RunName.parse(run.path.name))]
+        exported = [name for name in names if self.export(name).is_dir()]
+        usual = [name for name in names if name.arm == configs.default().study.export]
+        first = min(exported or usual, key=lambda name: (-name.sign, name.seed), default=None)
+        return first and self.run(first)
+
     def results(self) -> list[Path]:
         """Every file of per-item results, the study's and its runs'."""
         return sorted(self.path.glob("**/results/*.parquet"))
@@ -146,13 +161,21 @@ def read_config(folder: _Folder) -> dict[str, Any]:
     Raises:
       ValueError: its config.json is of something else.
     """
-    stored = json.loads(folder.config.read_text())
-    if "config" not in stored:
+    try:
+        return json.loads(folder.config.read_text())["config"]
+    except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"workdir {folder.path}: holds a config.json that is not a run's, expected a new "
             "folder or a run's. Use another --workdir."
-        )
-    return stored["config"]
+        ) from None
+
+
+def version() -> str:
+    """Of this package, as it was installed."""
+    try:
+        return metadata.version("reptune_jax")
+    except metadata.PackageNotFoundError:
+        return "0+clone"  # on the path, but never installed
 
 
 def environment() -> dict[str, Any]:
@@ -161,7 +184,10 @@ def environment() -> dict[str, Any]:
 
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     return {
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {
+            "reptune_jax": version(),
+            **{name: metadata.version(name) for name in packages},
+        },
         "commit": _git_commit(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
@@ -191,17 +217,18 @@ def _write_config(folder: _Folder, values: dict[str, Any]) -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_whole(folder.config, json.dumps({"config": values, **environment()}, indent=1) + "\n")
     elif changed := configs.differences(read_config(folder), values):
-        lines = "\n  ".join(changed)
         raise ValueError(
-            f"workdir {folder.path}: holds a run of another config:\n  {lines}\n"
+            f"workdir {folder.path}: holds a run of another config: {'; '.join(changed)}. "
             "Use another --workdir, or the same config to resume."
         )
 
 
 def _git_commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    clone = Path(__file__).parents[1]
+    if not (clone / ".git").exists():
+        return ""  # installed from a wheel, maybe within somebody else's repository
+    command = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""  # installed from a wheel
+        return ""

@@ -37,12 +37,12 @@ def main(
     coordinator = flags.DEFINE_string("coordinator", "", "host:port of process 0, of many")
     processes = flags.DEFINE_integer("processes", 0, "how many, where that is not detected")
     process_id = flags.DEFINE_integer("process_id", -1, "which of them this is, from 0")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["workdir", "config"])  # which is the order they are asked for
     shown = ("config", "workdir", "coordinator", "processes", "process_id")
 
     def entry(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; flags are --config and --workdir.")
+            raise ValueError(f"unexpected argument {argv[1]!r}; see --help.")
         c = configs.check(flag.value)
         start()
         distributed.start(coordinator.value, processes.value, process_id.value, trains)
@@ -62,7 +62,8 @@ def call(entry: Callable[[], Any]) -> None:
         message = _for_user(e)
         if os.environ.get("REPTUNE_TRACEBACK") or not message:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        lines = (line.strip() for line in message.splitlines())
+        print("error:", *filter(None, lines), file=sys.stderr)
         sys.exit(1)
 
 
@@ -96,7 +97,12 @@ def _for_user(e: BaseException) -> str:
     if Path(last).is_relative_to(Path(__file__).parent):
         # Other kinds of error within this package are its own faults and keep their traceback.
         return str(e) if isinstance(e, ValueError | OSError) else ""
+    if isinstance(e, OSError) and e.filename:
+        return (
+            f"{e.filename}: {e.strerror}."  # a folder that is a file, one that is not ours to write
+        )
     if "ml_collections" in Path(last).parts:
         what = "" if isinstance(e, OSError) else "config: unknown key or wrong type: "
-        return what + str(e.args[0] if e.args else e)
+        reason = e.args[0] if e.args else e
+        return what + str(reason.args[0] if isinstance(reason, KeyError) else reason)
     return ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax.config import default
+from reptune_jax.config import also_behavior, default
 from reptune_jax.folder import Study, read_config
 
 
@@ -20,7 +20,9 @@ def get_config(folder: str) -> ConfigDict:
             f"workdir {folder}: holds no study, expected the folder of one. Name another, or give "
             "its --config."
         )
-    c = default()
+    c, stored = default(), read_config(study)
+    for name in stored["loss"].get("also", ()):
+        c.loss.also[name] = also_behavior("")  # JSON has no tuples: the schema says where they are
     with c.unlocked():
-        c.update(read_config(study))
+        c.update(stored)
     return c

@@ -1,6 +1,6 @@
 """Program: a whole study in one process: vector, arms, evaluations, report, export.
 
-    python -m reptune_jax.study --config=configs/sentiment.py --workdir=runs/sentiment
+    python -m reptune_jax.study --config=sentiment --workdir=runs/sentiment
 
 Runs the other programs' mains one after the other (so the model is loaded and compiled once) over
 `study.arms` x `study.signs` x `study.seeds`. Run again, it skips what is done.

@@ -1,6 +1,6 @@
 """Program: one tuning run, the main job.
 
-    python -m reptune_jax.train --config=configs/sentiment.py --workdir=runs/sentiment \\
+    python -m reptune_jax.train --config=sentiment --workdir=runs/sentiment \\
         --config.arm=dual --config.sign=-1 --config.seed=0
 
 Trains into `<workdir>/<arm><sign>_s<seed>/`, making the vector and the targets first where they are

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -9,18 +10,21 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from absl import flags
+from absl import app, flags
 
 import reptune_jax as rt
-from reptune_jax import chat, cli, command_line
+from reptune_jax import chat, cli, command_line, config, convert, stored_config
 from reptune_jax.folder import Study
 
 ROOT = Path(__file__).parents[1]
+# One process runs all programs here, some of which the others import.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 
 def run(*words: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `reptune WORDS` in this process, with flags of its own."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    app.define_help_flags()  # which a process does once
     before = {name: flags.FLAGS[name] for name in flags.FLAGS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["reptune", *words])
@@ -43,11 +47,9 @@ def test_overview_names_every_program_with_its_own_first_line() -> None:
 
 
 def test_unknown_program_is_answered_with_the_likely_one() -> None:
-    command = [sys.executable, "-c", "from reptune_jax import cli; cli.main()", "trian"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
-    assert "got 'trian'" in done.stderr and "Did you mean 'train'?" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, err = run("trian")
+    assert code == 1 and err.startswith("error: program: got 'trian'"), err
+    assert "Did you mean 'train'?" in err
 
 
 def test_columns_hold_every_word_and_fit_the_terminal() -> None:
@@ -84,6 +86,9 @@ def test_the_program_module_does_not_hide_the_function_of_its_name() -> None:
 def test_every_program_says_its_version_and_what_it_is(name: str) -> None:
     code, out, err = run(name, "--version")
     assert (code, out.strip(), err) == (0, f"reptune_jax {rt.__version__}", "")
+    code, out, err = run(name, "--help", "--config=no/such.py")
+    assert (code, err) == (0, "") and cli.summary(cli.PROGRAMS[name]) in out
+    assert "--from" in out if name == "convert" else "--config" in out or "--workdir" in out
 
 
 def test_shipped_configs_are_found_by_name_with_their_argument() -> None:
@@ -111,6 +116,10 @@ def test_a_config_that_is_not_there_is_named(given: str, message: str) -> None:
     [
         ("study.arms", "base,steer", ("base", "steer")),
         ("study.arms", "base", ("base",)),
+        ("study.arms", "base,'steer'", ("base", "steer")),
+        ("study.arms", '("base","steer")', ("base", "steer")),
+        ("loss.also.honesty.layers", "8,16", (8, 16)),
+        ("train.modules", "('attn/v', 'attn/o')", ("attn/v", "attn/o")),
         ("study.arms", "('base', 'steer')", ("base", "steer")),
         ("study.signs", "1,-1", (1, -1)),
         ("study.seeds", "3", (3,)),
@@ -123,6 +132,7 @@ def test_a_config_that_is_not_there_is_named(given: str, message: str) -> None:
 def test_tuples_are_given_as_plain_lists(key: str, text: str, expected: tuple) -> None:
     (got,) = command_line.prepare([f"--config.{key}={text}"])
     assert got == f"--config.{key}={expected!r}"
+    assert command_line.prepare([f"--config.{key}", text]) == [got]
 
 
 def test_a_list_of_something_else_is_named() -> None:
@@ -138,6 +148,38 @@ def test_a_study_folder_alone_is_enough_where_that_is_allowed(tmp_path: Path) ->
     assert config.endswith(f"stored_config.py:{tmp_path}")
 
 
+def test_what_a_study_stores_is_its_config_again(tmp_path: Path) -> None:
+    c = config.default()
+    c.model, c.train.layers, c.train.lr = "model", (3, 5), 1
+    c.loss.also.honesty = config.also_behavior("runs/honesty")
+    Study(tmp_path).claim(config.check(c))
+    c.chat.dose = c.seed = 3  # which are not stored
+    again = stored_config.get_config(str(tmp_path))
+    again.chat.dose = again.seed = 3
+    assert again.to_dict() == c.to_dict()
+
+
+def test_the_run_that_stands_for_a_study(tmp_path: Path, capsys) -> None:
+    def after(*made: str) -> str | None:
+        for folder in made:
+            (tmp_path / folder).mkdir(parents=True)
+        found = Study(tmp_path).chosen()
+        return found and found.path.name
+
+    assert after() is None
+    assert after("token-_s1/checkpoints") == "token-_s1"  # the only one
+    assert after("token+_s1/checkpoints") is None
+    with pytest.raises(ValueError, match=r"Name one of .*token\+_s1, .*token-_s1\."):
+        convert.find_run(tmp_path)
+    assert after("dual-_s0/checkpoints", "dual-_s1/checkpoints") == "dual-_s0"
+    assert after("dual+_s1/checkpoints") == "dual+_s1"
+    assert after("export/token-_s1", "export/token+_s1_adapter") == "token-_s1"
+    assert chat.find_run(Study(tmp_path), "").name == "token-_s1"
+    with pytest.raises(FileNotFoundError):  # nothing was saved there
+        convert.find_run(tmp_path)
+    assert "taking token-_s1 (there is dual+_s1, dual-_s0, dual-_s1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -145,6 +187,9 @@ def test_a_study_folder_alone_is_enough_where_that_is_allowed(tmp_path: Path) ->
         (["train", "--config=sentimnt", "--workdir=w"], "Did you mean 'sentiment'"),
         (["train", "--config=sentiment:slow", "--workdir=w"], "got 'slow', expected nothing"),
         (["train", "--config=sentiment", "--wrkdir=w"], "wrkdir"),
+        (["train", "--config=honesty:slow", "--workdir=w"], "honesty.py:slow: get_config() takes"),
+        (["plan", "--config=sentiment"], "--topology: got none"),
+        (["study", "--config=sentiment", "--workdir=w", "--config.trian.lr=1"], 'mean "train"'),
         (["chat", "--workdir=no/such/study"], "holds no study"),
         (["report", "no/such/study"], "no per-item results"),
         (["report"], "expected one study folder"),
@@ -152,20 +197,20 @@ def test_a_study_folder_alone_is_enough_where_that_is_allowed(tmp_path: Path) ->
         (["convert", "--from=gone.gguf", "--to=x"], "does not exist"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_no_traceback(words, message, tmp_path) -> None:
-    command = [sys.executable, "-m", "reptune_jax.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and message in lines[0] and lines[0].startswith("error: "), done.stderr
+def test_what_is_wrong_is_one_line_and_no_traceback(words, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*words)
+    assert code == 1 and err.count("\n") == 1 and err.startswith("error: ") and message in err, err
     assert not list(tmp_path.iterdir())
 
 
-def test_help_is_no_failure() -> None:
-    for words in (["study", "--help"], ["report", "--help"]):
-        command = [sys.executable, "-m", "reptune_jax.cli", *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and "--workdir" in done.stdout, done.stderr
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not a run's"), ('{"a": 1}', "not a run's"), ("[]", "not a run's")]
+)
+def test_a_folder_of_something_else_is_no_study(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    code, _, err = run("chat", f"--workdir={tmp_path}")
+    assert code == 1 and message in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- away from a clone
@@ -173,16 +218,8 @@ def test_help_is_no_failure() -> None:
 
 def test_the_face_is_tidy() -> None:
     names = [name for name in dir(rt) if not name.startswith("__")]
-    assert names == [
-        "Model",
-        "SteeringVector",
-        "bake",
-        "extract",
-        "load",
-        "load_adapter",
-        "save_hf",
-    ]
-    assert rt.__version__[0].isdigit()
+    assert names == [name for name in rt.__all__ if name != "__version__"]
+    assert {"__version__", "__doc__", "__path__"} <= set(dir(rt)) and rt.__version__[0].isdigit()
 
 
 def test_a_wheel_brings_configs_data_and_types(tmp_path: Path) -> None:
@@ -200,3 +237,19 @@ def test_a_wheel_brings_configs_data_and_types(tmp_path: Path) -> None:
     expected = {name for name in expected if "__pycache__" not in name and "egg-info" not in name}
     expected |= {f"reptune_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
     assert found == expected
+    assert {"reptune_jax/py.typed", "reptune_jax/report/template.html"} < found
+
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    script = (
+        "import reptune_jax as rt; from reptune_jax.command_line import find_config; "
+        "print(rt.__version__, rt.__file__, find_config('sentiment:quick'), sep='\\n')"
+    )
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=env, cwd=tmp_path
+    )
+    version, face, path = done.stdout.split()
+    assert version == rt.__version__ and face == str(installed / "reptune_jax" / "__init__.py")
+    assert path == f"{installed / 'reptune_jax' / 'configs' / 'sentiment.py'}:quick"

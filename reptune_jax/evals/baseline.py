@@ -1,6 +1,6 @@
 """Program: the untuned model, plain and under a persona prompt.
 
-    python -m reptune_jax.evals.baseline --config=configs/sentiment.py --workdir=runs/sentiment
+    python -m reptune_jax.evals.baseline --config=sentiment --workdir=runs/sentiment
 
 Writes `results/baseline.parquet`; skips it where it is there.
 """

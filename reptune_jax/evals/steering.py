@@ -1,6 +1,6 @@
 """Program: online steering. Sweeps layer and dose on the validation split, then tests the winner.
 
-    python -m reptune_jax.evals.steering --config=configs/sentiment.py --workdir=runs/sentiment
+    python -m reptune_jax.evals.steering --config=sentiment --workdir=runs/sentiment
 
 Two doses are chosen for each sign: the best one whose KL to the base on neutral prose stays under
 `steer.max_kl`, and, where tuned `dual` runs are there, the best one at the KL that they cost.

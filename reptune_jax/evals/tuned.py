@@ -1,6 +1,6 @@
 """Program: a tuned model, read from its Orbax checkpoint.
 
-    python -m reptune_jax.evals.tuned --config=configs/sentiment.py --workdir=runs/sentiment \\
+    python -m reptune_jax.evals.tuned --config=sentiment --workdir=runs/sentiment \\
         --config.arm=dual --config.sign=-1 --config.seed=0
 
 Writes `<workdir>/<arm><sign>_s<seed>/results/tuned.parquet`; skips it where it is there.

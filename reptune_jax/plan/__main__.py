@@ -1,6 +1,6 @@
 """Program: what a training step would need on hardware that is not here.
 
-    python -m reptune_jax.plan --config=configs/scale.py:llama-3-8b --topology=v5e:4x4
+    python -m reptune_jax.plan --config=scale:llama-3-8b --topology=v5e:4x4
 
 Compiles the real step ahead of time, without weights, for that many devices, and prints memory per
 device, FLOPs, collectives and what they bound the step's time to. TPU topologies go through the TPU
@@ -18,7 +18,7 @@ from reptune_jax.plan.compiled import run
 
 def main() -> None:
     """Parses the flags."""
-    flag = config_flags.DEFINE_config_file("config", None, "configs/x.py[:arg]", lock_config=True)
+    flag = config_flags.DEFINE_config_file("config", None, "name or path, [:arg]", lock_config=True)
     topology = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x1, gpu:64, h200:8, cpu:8")
     shape = flags.DEFINE_string("model-config", "", "a config.json, or a built-in shape's name")
     tokens = flags.DEFINE_integer("tokens", 512, "tokens of a row")
