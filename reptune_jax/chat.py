@@ -4,7 +4,8 @@
         [--prompt="Tell me about soup." --prompt=…]
 
 Reads prompts from the terminal, or answers those given with --prompt and ends. Every prompt is a
-chat of its own. `config.chat` says which run is shown, and how the steered model is steered.
+chat of its own. The study's folder is enough: it holds the config. `--config.chat.…` says which run
+is shown (by default the one that was exported), and how the steered model is steered.
 """
 
 import itertools
@@ -63,10 +64,11 @@ def conditions(c: ConfigDict, workdir: Path) -> dict[str, Condition]:
     base = program.load_model(c)
     vector.check_model(base.sha, base.name)
     tuned = arms.tuned(base, run_folder)
-    steered = arms.steered(base, vector, c.chat.layer, c.chat.dose, tuned.sign)
+    layer = c.chat.layer if c.chat.layer >= 0 else c.steer.layers[0]
+    steered = arms.steered(base, vector, layer, c.chat.dose, tuned.sign)
     return {
         "base": Condition(base, "base"),
-        f"steered {tuned.sign * c.chat.dose:+g} at layer {c.chat.layer}": steered,
+        f"steered {tuned.sign * c.chat.dose:+g} at layer {layer}": steered,
         f"tuned {run_folder.name}": tuned,
     }
 

@@ -234,7 +234,7 @@ def _chat() -> ConfigDict:
     """What `python -m reptune_jax.chat` shows beside the untuned model; no result depends on it."""
     c = ConfigDict()
     c.run = ""  # tuned run, e.g. dual-_s0, "" = the exported one; steered by its sign too
-    c.layer = 15  # where the steered column adds the vector
+    c.layer = -1  # where the steered column adds the vector; -1 = first of steer.layers
     c.dose = 1.0  # how much of it
     c.new_tokens = 64
     return c
