@@ -98,9 +98,7 @@ def _for_user(e: BaseException) -> str:
         # Other kinds of error within this package are its own faults and keep their traceback.
         return str(e) if isinstance(e, ValueError | OSError) else ""
     if isinstance(e, OSError) and e.filename:
-        return (
-            f"{e.filename}: {e.strerror}."  # a folder that is a file, one that is not ours to write
-        )
+        return f"{e.filename}: {e.strerror}."  # a file for a folder, one not ours to write
     if "ml_collections" in Path(last).parts:
         what = "" if isinstance(e, OSError) else "config: unknown key or wrong type: "
         reason = e.args[0] if e.args else e

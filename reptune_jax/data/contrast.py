@@ -121,29 +121,17 @@ def claim_prompts(items: Sequence[Item], template: str) -> list[Contrast]:
     return [contrast for item in items for contrast in TEMPLATES[template](item)]
 
 
-def _truefalse(item: Item) -> list[Contrast]:
-    return [_in_one_word(item, "true or false", ("True", "False"), "truefalse")]
-
-
-def _yesno(item: Item) -> list[Contrast]:
-    return [_in_one_word(item, "correct", ("Yes", "No"), "yesno")]
-
-
 def _in_one_word(item: Item, what: str, words: tuple[str, str], template: str) -> Contrast:
     question = f'Is the following claim {what}? "{_claim(item)}"'
     question += f"\nAnswer with one word, {' or '.join(words)}.\nAnswer:"
     return _verdict(item, question, words, template)
 
 
-def _lettered(item: Item) -> list[Contrast]:
-    """The paper's format (docs/method.md), in both orders."""
-    return [_lettered_in(item, order) for order in ORDERS]
-
-
 TEMPLATES: dict[str, Callable[[Item], list[Contrast]]] = {
-    "truefalse": _truefalse,
-    "lettered": _lettered,
-    "yesno": _yesno,
+    "truefalse": lambda item: [_in_one_word(item, "true or false", ("True", "False"), "truefalse")],
+    "yesno": lambda item: [_in_one_word(item, "correct", ("Yes", "No"), "yesno")],
+    # The paper's format (docs/method.md), in both orders.
+    "lettered": lambda item: [_lettered_in(item, order) for order in ORDERS],
 }
 
 

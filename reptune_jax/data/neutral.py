@@ -30,7 +30,7 @@ def load_neutral(kind: str, split: str) -> list[dict[str, Any]]:
     """
     schema.one_of("kind", kind, tuple(KINDS))
     path = schema.shipped("neutral") / f"{kind}.jsonl"
-    fields = {"id": schema.string, "split": schema.split, **KINDS[kind]}
+    fields = {"id": schema.string, "split": schema.among(schema.SPLITS), **KINDS[kind]}
     rows = [
         schema.checked(row, fields, f"{path}, line {number}")
         for number, row in schema.json_lines(path)

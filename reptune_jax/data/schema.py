@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -263,13 +263,9 @@ def _answer(value: Any) -> str:
     return "" if value is None or isinstance(value, str) else "a string or null"
 
 
-def split(value: Any) -> str:
-    """One of `SPLITS`."""
-    return "" if value in SPLITS else f"one of {', '.join(SPLITS)}"
-
-
-def _format(value: Any) -> str:
-    return "" if value in FORMATS else f"one of {', '.join(FORMATS)}"
+def among(names: Sequence[str]) -> Callable[[Any], str]:
+    """One of these."""
+    return lambda value: "" if value in names else f"one of {', '.join(names)}"
 
 
 def _label(value: Any) -> str:
@@ -300,9 +296,9 @@ def _is_turn(turn: Any) -> bool:
 _FIELDS = {
     "id": string,
     "behavior": string,
-    "split": split,
+    "split": among(SPLITS),
     "cluster": string,
-    "format": _format,
+    "format": among(FORMATS),
     "messages": turns,
     "pos": _answer,
     "neg": _answer,

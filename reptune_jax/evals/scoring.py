@@ -33,27 +33,14 @@ def contrast_rows(
         return []
     prompts = [cond.encode(item) for item in items]
     encode = partial(cond.model.tokenizer.encode, add_special_tokens=False)
-    both = [
-        (p, encode(text)) for p, i in zip(prompts, items, strict=True) for text in (i.pos, i.neg)
-    ]
-    logp = [
-        value
-        for value, _ in cond.model.score_ids(
-            [p + a for p, a in both], [len(p) for p, _ in both], cond.steer, batch
-        )
-    ]
-    return [
-        Row.of(
-            item,
-            labels,
-            metric="logodds",
-            value=pos - neg,
-            logp_pos=pos,
-            logp_neg=neg,
-            prompt_sha=sha(prompt),
-        )
-        for item, prompt, pos, neg in zip(items, prompts, logp[::2], logp[1::2], strict=True)
-    ]
+    ids = [p + encode(a) for p, i in zip(prompts, items, strict=True) for a in (i.pos, i.neg)]
+    starts = [len(p) for p in prompts for _ in range(2)]
+    logp = [value for value, _ in cond.model.score_ids(ids, starts, cond.steer, batch)]
+    out = []
+    for item, prompt, pos, neg in zip(items, prompts, logp[::2], logp[1::2], strict=True):
+        found = {"value": pos - neg, "logp_pos": pos, "logp_neg": neg, "prompt_sha": sha(prompt)}
+        out.append(Row.of(item, labels, metric="logodds", **found))
+    return out
 
 
 class Reference(NamedTuple):

@@ -73,11 +73,8 @@ def limitations(study: Study) -> list[str]:
         lines.append(
             f"{measure.label}: {test.item_id.nunique()} test items in {clusters} clusters"
             + (f", {missing} values missing" if missing else ", none missing")
-            + (
-                "; fewer than 120 clusters, so small differences cannot show."
-                if clusters < 120
-                else "."
-            )
+            + ("; fewer than 120 clusters, so small differences cannot show" * (clusters < 120))
+            + "."
         )
     tuned = rows[rows.arm.isin(TUNED_ARMS)]
     seeds = tuned.groupby("arm").seed.nunique()

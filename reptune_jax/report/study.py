@@ -19,6 +19,7 @@ from reptune_jax.data.schema import Item
 from reptune_jax.evals import measures, results, stats
 from reptune_jax.evals.measures import Measure
 from reptune_jax.evals.stats import Interval
+from reptune_jax.watch import log
 
 SIGNS = {1: "+", -1: "−", 0: ""}
 _KEY = ["item_id", "template", "format", "order"]
@@ -103,12 +104,11 @@ class Study:
 
     def settings(self, metric: str = "", split: str = "", form: str = "") -> list[Setting]:
         """All settings with such rows, in the order of `results.ARMS`, + before −, then dose."""
-        arms = {
-            c
-            for c, m, s, f in self.cells
-            if metric in ("", m) and split in ("", s) and form in ("", f)
-        }
-        return sorted(arms, key=lambda c: (results.ARMS.index(c.arm), -c.sign, c.layer, c.k))
+        asked = (metric, split, form)
+        fits = [
+            c for c, *of in self.cells if all(a in ("", b) for a, b in zip(asked, of, strict=True))
+        ]
+        return sorted(set(fits), key=lambda c: (results.ARMS.index(c.arm), -c.sign, c.layer, c.k))
 
     def measures(self) -> list[Measure]:
         """The behavior measures present: the primary one first, then what a judge gives."""
@@ -275,17 +275,10 @@ def _items(config: dict[str, Any], names: list[str]) -> list[Item]:
 def _curves(study: folders.Study) -> pd.DataFrame:
     parts = []
     for run in study.metrics():
-        lines = [row for row in map(_loads, run.metrics.read_text().splitlines()) if row]
+        lines = list(log.read(run.metrics))
         name = folders.RunName.parse(run.path.name) or folders.RunName(run.path.name, 0, 0)
         if lines:
             # A resumed run logs some steps again: the later value is the one that counts.
             steps = pd.DataFrame(lines).groupby("step", as_index=False).last()
             parts.append(steps.assign(run=run.path.name, **name._asdict()))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
-def _loads(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None  # the last line of a run that is still writing

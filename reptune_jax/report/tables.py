@@ -28,15 +28,9 @@ def headline_frame(study: Study, measure: Measure, splits: Iterable[str] = ("tes
                 continue
             paired = study.delta(setting, BASE, measure, split)
             items = studies.per_item(paired)
-            row = {
-                "setting": setting,
-                "split": split,
-                "mean": studies.interval(own, "value"),
-                "n": own.item_id.nunique(),
-                "clusters": own.cluster.nunique(),
-                "seeds": own.seed.nunique(),
-                "missing": int(own.value.isna().sum()),
-            }
+            row = {"setting": setting, "split": split, "mean": studies.interval(own, "value")}
+            row |= {"n": own.item_id.nunique(), "clusters": own.cluster.nunique()}
+            row |= {"seeds": own.seed.nunique(), "missing": int(own.value.isna().sum())}
             if setting != BASE:
                 row["delta"] = studies.interval(paired)
                 row["dz"] = stats.cohen_dz(items)
@@ -162,15 +156,8 @@ def family_table(study: Study, measure: Measure) -> Table:
     """Family A as text."""
     frame = family_frame(study, measure)
     rows = [
-        [
-            f"{r.dual.name} vs {r.rival.name}",
-            interval(r.advantage),
-            number(r.dz, 2, signed=True),
-            p_value(r.p),
-            p_value(r.p_holm),
-            str(r.n),
-            r.verdict,
-        ]
+        [f"{r.dual.name} vs {r.rival.name}", interval(r.advantage), number(r.dz, 2, signed=True)]
+        + [p_value(r.p), p_value(r.p_holm), str(r.n), r.verdict]
         for r in frame.itertuples()
     ]
     header = ["Comparison", f"Advantage {_CI}", "d_z", "p", "p (Holm)", "Items", "Verdict"]

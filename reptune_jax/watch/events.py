@@ -61,9 +61,8 @@ class Events:
 
     def finished(self) -> None:
         """Marks that row as done; without it TensorBoard calls the run unfinished."""
-        end = plugin_data_pb2.SessionEndInfo(
-            status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time()
-        )
+        done = api_pb2.STATUS_SUCCESS
+        end = plugin_data_pb2.SessionEndInfo(status=done, end_time_secs=time.time())
         self._add(0, _of_hparams(hparams.SESSION_END_INFO_TAG, session_end_info=end))
 
     def _add(self, step: int, *values: Summary.Value) -> None:

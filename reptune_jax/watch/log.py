@@ -40,9 +40,9 @@ class Log:
             metrics = Run(workdir).metrics
             workdir.mkdir(parents=True, exist_ok=True)
             if metrics.exists():
-                lines = metrics.read_text().splitlines(True)
                 last = -1 if since is None else since
-                write_whole(metrics, "".join(line for line in lines if _is_until(line, last)))
+                kept = [json.dumps(row) + "\n" for row in read(metrics) if row["step"] <= last]
+                write_whole(metrics, "".join(kept))
             self._jsonl = metrics.open("a")
             self._events = Events(workdir, since or 0)
 
@@ -113,9 +113,8 @@ class Log:
         return self._spent + (time.monotonic() - self._began if self._began else 0.0)
 
 
-def _is_until(line: str, step: int) -> bool:
-    """Not of a later step, and not a line that a crash cut short."""
-    try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:
-        return False
+def read(metrics: Path) -> Iterator[dict[str, Any]]:
+    """What a run logged; without a line that is still being written, or that a crash cut short."""
+    for line in metrics.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
