@@ -94,7 +94,12 @@ _PLOTS: dict[str, tuple[Callable[..., Any], str, str, str]] = {
     "pareto": (plots.pareto, "Effect against side effects", captions.PARETO, "Needs KL rows."),
     "dose": (plots.dose_response, "Dose response", captions.DOSE, "Needs a steering sweep."),
     "histogram": (plots.histogram, "Per-item change", captions.HISTOGRAM, _NO_ARM),
-    "curves": (plots.curves, "Training curves", captions.CURVES, "Nothing was tuned here yet."),
+    "curves": (
+        plots.curves,
+        "Training curves",
+        captions.CURVES,
+        "Nothing was tuned in this study yet.",
+    ),
     "cosine": (plots.heatmaps, "Cosine to the vector", captions.COSINE, "No cosine rows yet."),
 }
 

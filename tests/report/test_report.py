@@ -228,7 +228,7 @@ def test_baseline_alone_gives_a_page_with_sentences_for_what_is_missing(tmp_path
     alone = study.read(full)
     page = html.write(alone).read_text()
     for sentence in (
-        "The dual arm has no test rows yet", "nothing was tuned in this study yet",
+        "The dual arm has no test rows yet", "Nothing was tuned in this study yet",
         "Needs a steering sweep", "Arms not run: prompt, token, steer, random, dual",
     ):  # fmt: skip
         assert sentence in page

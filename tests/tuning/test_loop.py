@@ -193,7 +193,7 @@ def test_a_folder_of_another_config_is_refused_by_key(finished, model):
     c, folder = finished
     other = c.copy_and_resolve_references()
     other.train.lr, other.loss.mode = 0.5, "out"
-    with pytest.raises(ValueError, match=r"loss.mode: 'in' there, 'out' now\n  train.lr: 0.003"):
+    with pytest.raises(ValueError, match=r"loss.mode: 'in' there, 'out' now; train.lr: 0.003"):
         train.run(other, folder.parent, model)
 
 
