@@ -88,18 +88,14 @@ SECTIONS = (
 )
 
 _NO_ARM = "No arm besides base has test rows."
+_NO_RUN = "Nothing was tuned in this study yet."
 # plot, title, caption, what is said when its data are missing
 _PLOTS: dict[str, tuple[Callable[..., Any], str, str, str]] = {
     "forest": (plots.forest, "Effect by arm", captions.FOREST, _NO_ARM),
     "pareto": (plots.pareto, "Effect against side effects", captions.PARETO, "Needs KL rows."),
     "dose": (plots.dose_response, "Dose response", captions.DOSE, "Needs a steering sweep."),
     "histogram": (plots.histogram, "Per-item change", captions.HISTOGRAM, _NO_ARM),
-    "curves": (
-        plots.curves,
-        "Training curves",
-        captions.CURVES,
-        "Nothing was tuned in this study yet.",
-    ),
+    "curves": (plots.curves, "Training curves", captions.CURVES, _NO_RUN),
     "cosine": (plots.heatmaps, "Cosine to the vector", captions.COSINE, "No cosine rows yet."),
 }
 
