@@ -23,6 +23,7 @@ from reptune_jax import mesh as meshes
 from reptune_jax.hub import digest, export, peft, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
+from reptune_jax.hub.endings import said
 from reptune_jax.model import attention, decode, families, score
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.cache import init_cache
@@ -118,7 +119,7 @@ class Model:
             batch_size,
             seed,
         )
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+        return [said(self.tokenizer, ids) for ids in new]
 
     def generate_each(
         self,

@@ -6,6 +6,7 @@ Retention is trained on its `train` and `val` splits and measured on `val` and `
 from typing import Any, NamedTuple
 
 from reptune_jax.data import schema
+from reptune_jax.hub.endings import said
 from reptune_jax.lm import Model
 
 KINDS = {"prose": {"text": schema.string}, "chats": {"messages": schema.turns}}
@@ -58,7 +59,7 @@ def chats(
     answers = model.generate_each(prompts, new_tokens, batch_size=batch)
     return [
         NeutralText(
-            d["id"], "chats", d["messages"], p, ids, len(model.tokenizer.decode(ids).encode())
+            d["id"], "chats", d["messages"], p, ids, len(said(model.tokenizer, ids).encode())
         )
         for d, p, ids in zip(rows, prompts, answers, strict=True)
     ]

@@ -10,6 +10,7 @@ from reptune_jax.evals import judges
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.measures import METRICS
 from reptune_jax.evals.results import Row, sha
+from reptune_jax.hub.endings import said
 
 
 def rows(
@@ -29,10 +30,11 @@ def rows(
     prompts = [cond.encode(item) for item in items]
     new = cond.model.generate_each(prompts, settings.new_tokens, 0.0, cond.steer, settings.batch)
     for item, prompt, ids in zip(items, prompts, new, strict=True):
-        text = cond.model.tokenizer.decode(ids, skip_special_tokens=True)
+        text = said(cond.model.tokenizer, ids)
         scores: dict[str, Any] = {
             "distinct2": judges.distinct_n(text, 2),
             "rep4": judges.repetition_rate(text, 4),
+            "stopped": ids[-1] in cond.model.stop_ids,
         }
         if judge is not None:
             scores[str(judged)] = judge(text)

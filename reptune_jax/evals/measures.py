@@ -43,6 +43,7 @@ METRICS = {
     "own_ce": Metric("of the base's own greedy answer", "Own CE", "nats/token", "further"),
     "cos": Metric("of the residual stream to the vector, at a layer and position", "Mean cosine"),
     "distinct2": Metric("distinct share of a generation's word bigrams", "Distinct-2"),
+    "stopped": Metric("whether an answer ends by itself within eval.new_tokens", "Stopped"),
     "rep4": Metric("repeated share of a generation's word 4-grams", "Repeated 4-grams"),
     "judge": Metric("the judge's score of a text labelled 1 (pos) or 0 (neg)", "Judge"),
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reptune_jax.hub import orbax_io
+from reptune_jax.hub import endings, orbax_io
 from reptune_jax.hub.gguf_io import read_gguf
 from reptune_jax.hub.names import Spelling
 from reptune_jax.hub.safetensors_io import TensorHandle, read_tensors
@@ -73,8 +73,9 @@ def _open_file(name: str, path: Path) -> Source:
     gguf = read_gguf(path)
     tokenizer = gguf_tokenizer(gguf.metadata)
     check_vocabulary(tokenizer, gguf.config["vocab_size"])
-    ends = [gguf.config.get("eos_token_id"), gguf.metadata.get("tokenizer.ggml.eot_token_id")]
-    return Source(name, gguf.config, gguf.tensors, tokenizer, None, _ids(ends))
+    vocab_size = gguf.config["vocab_size"]
+    ends = endings.stop_ids(tokenizer, endings.gguf_ends(gguf.metadata), vocab_size)
+    return Source(name, gguf.config, gguf.tensors, tokenizer, None, ends)
 
 
 def _open_folder(name: str, folder: Path) -> Source:
@@ -90,7 +91,10 @@ def _open_folder(name: str, folder: Path) -> Source:
     tokenizer = _tokenizer(folder)
     if tokenizer is not None and "vocab_size" in config:
         check_vocabulary(tokenizer, config["vocab_size"])
-    ends = _folder_eos(folder, config, tokenizer)
+    path = folder / "generation_config.json"
+    declared = [(_json(path) if path.exists() else {}).get("eos_token_id")]
+    declared += [config.get("eos_token_id")]
+    ends = endings.stop_ids(tokenizer, declared, config.get("vocab_size", 2**31))
     return Source(name, config, tensors, tokenizer, folder, ends, leaves, spelling)
 
 
@@ -135,21 +139,6 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: got a slow tokenizer, expected a tokenizer.json. Convert it.")
     return tokenizer
-
-
-def _folder_eos(
-    folder: Path, config: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase | None"
-) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    generation = _json(path) if path.exists() else {}
-    for found in (generation.get("eos_token_id"), config.get("eos_token_id")):
-        if found is not None:
-            return _ids(found if isinstance(found, list) else [found])
-    return _ids([tokenizer.eos_token_id] if tokenizer is not None else [])
-
-
-def _ids(found: list[int | None]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
 
 
 def _download(name: str) -> Path:

@@ -66,7 +66,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
         for name in ("bos", "eos", "pad", "unk")
         if (key := _special_key(name)) in metadata
     }
-    if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
+    # Left out, it is what llama.cpp takes for that kind of vocabulary.
+    usual = _is_gemma(metadata) or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    if metadata.get("tokenizer.ggml.add_bos_token", usual) and "bos_token" in special:
         bos = special["bos_token"]
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, core.token_to_id(bos))]

@@ -1,4 +1,4 @@
-"""Log-probabilities of given text: whole continuations, and candidates for the next token."""
+"""Probabilities in given text: whole continuations, candidates for the next token, endings."""
 
 from functools import partial
 
@@ -28,6 +28,18 @@ def continuations(decoder, params, prefix, tokens_BxT, mask_BxT, start_B, steer,
         return jnp.sum(logp_L * real_L), jnp.all(greedy_L | ~real_L)
 
     return jax.lax.map(row, (hidden_BxLxD, target_BxL, real_BxL))
+
+
+@partial(jax.jit, static_argnames=("decoder",))
+def endings(decoder, params, tokens_BxT, mask_BxT, at_BxL, stop_S):
+    """p(the next token is this stop token) at each of L positions, [B, L, S]."""
+    hidden, _ = decoder.apply({"params": params}, tokens_BxT, mask_BxT)
+    hidden_BxLxD = jnp.take_along_axis(hidden, at_BxL[..., None], axis=1)
+
+    def row(hidden_LxD):
+        return jax.nn.softmax(unembed(decoder, params, hidden_LxD), axis=-1)[:, stop_S]
+
+    return jax.lax.map(row, hidden_BxLxD)
 
 
 @partial(jax.jit, static_argnames=("decoder",))

@@ -16,6 +16,7 @@ from reptune_jax.report.study import BASE, Study
 
 RIVALS = ("base", "token", "steer", "random")
 _CI = "[95 % CI]"
+_GUARDS = ("distinct2", "rep4", "stopped")
 
 
 def headline_frame(study: Study, measure: Measure, splits: Iterable[str] = ("test", "ood")) -> Any:
@@ -110,17 +111,17 @@ def retention_frame(study: Study) -> Any:
 
 
 def guards_frame(study: Study, split: str = "test") -> Any:
-    """Are the generated answers still text: distinct bigrams, repeated 4-grams, length."""
+    """Are the generated answers still text: distinct bigrams, repeated 4-grams, ends, length."""
     rows = []
     for setting in study.picks(split):
-        found = {m: study.where(setting, m, split) for m in ("distinct2", "rep4")}
-        if found["distinct2"].empty and found["rep4"].empty:
+        found = {m: study.where(setting, m, split) for m in _GUARDS}
+        if all(rows.empty for rows in found.values()):
             continue
         row: dict[str, Any] = {m: studies.interval(rows, "value") for m, rows in found.items()}
         words = study.answers(setting, split).text.str.split().str.len()
         row |= {"setting": setting, "empty": (words == 0).mean(), "words": words.mean()}
         rows.append(row)
-    return pd.DataFrame(rows, columns=["setting", "distinct2", "rep4", "empty", "words"])
+    return pd.DataFrame(rows, columns=["setting", *_GUARDS, "empty", "words"])
 
 
 def headline_table(study: Study, measure: Measure) -> Table:
@@ -207,9 +208,9 @@ def retention_table(study: Study) -> Table:
 def guards_table(study: Study) -> Table:
     """Generation guards as text."""
     rows = [
-        [r.setting.name, number(r.distinct2.estimate), number(r.rep4.estimate), percent(r.empty)]
-        + [number(r.words, 1)]
+        [r.setting.name, number(r.distinct2.estimate), number(r.rep4.estimate)]
+        + [percent(r.stopped.estimate), percent(r.empty), number(r.words, 1)]
         for r in guards_frame(study).itertuples()
     ]
-    header = ["Arm", "Distinct-2", "Repeated 4-grams", "Empty", "Words"]
+    header = ["Arm", "Distinct-2", "Repeated 4-grams", "Stopped", "Empty", "Words"]
     return Table("Generation guards", captions.GUARDS, header, rows, "No generation guards yet.")

@@ -1,7 +1,8 @@
 """What the untuned model computes at a run's examples, once instead of in every step.
 
-Base cosines, for losses that hold to them or shift from them; and what enters the lowest trained
-layer, since nothing below it changes: steps then begin there.
+Base cosines, for losses that hold to them or shift from them; how likely it ends an answer where
+the targets go on; and what enters the lowest trained layer, since nothing below it changes: steps
+then begin there.
 """
 
 import collections
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from reptune_jax.console import say
 from reptune_jax.data.batches import Examples, Retention
 from reptune_jax.lm import Model
+from reptune_jax.model import score
 from reptune_jax.model.intervene import Probe
 from reptune_jax.model.read import read_at_once
 from reptune_jax.model.transformer import Decoder
@@ -25,6 +27,7 @@ from reptune_jax.tuning.objective import Objective, needs_anchors
 
 # Of the runs of a study, which share examples; the oldest go when there is no room.
 _known: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+_endings: dict[str, np.ndarray] = {}
 
 
 def with_base_values(
@@ -34,6 +37,9 @@ def with_base_values(
     B, probe = c.eval.batch, objective.probe
     if needs_anchors(c):
         train, val = (add_cosines(x, model, probe, B) for x in (corpus.train, corpus.val))
+        corpus = corpus._replace(train=train, val=val)
+    if c.targets.keep_ending and model.stop_ids:
+        train, val = (keep_endings(x, model, B) for x in (corpus.train, corpus.val))
         corpus = corpus._replace(train=train, val=val)
     sides = {k: getattr(corpus, k) for k in ("train", "val", "retention", "retention_val")}
     sides = {name: side for name, side in sides.items() if side is not None}
@@ -62,6 +68,33 @@ def add_cosines(examples: Examples, model: Model, probe: Probe, batch: int) -> E
 
     inputs = examples.tokens_BxT, examples.mask_BxT, examples.of_B
     return dataclasses.replace(examples, base_BxNxT=model.in_batches(cosines, inputs, batch))
+
+
+def keep_endings(examples: Examples, model: Model, batch: int) -> Examples:
+    """The examples with the untuned model's probability of ending the answer, at every label.
+
+    Answers that were cut at a length teach that answers go on. So a label is worth 1 - p, and the
+    stop tokens the p that the untuned model gives them there; at that p the loss is lowest.
+    """
+    inputs = examples.tokens_BxT, examples.mask_BxT, examples.at_BxL
+    stop_S = np.array(model.stop_ids, np.int32)
+    key = _key(model.sha, model.dtype, stop_S, *inputs)
+    if key not in _endings:
+
+        def compute(*rows: Any) -> Any:
+            return score.endings(model.decoder, model.params, *rows, stop_S)
+
+        _endings[key] = model.in_batches(compute, inputs, batch)
+    ends_BxLxC: np.ndarray = np.isin(examples.target_BxLxC, stop_S)
+    p_BxLxS = _endings[key] * ~ends_BxLxC.any(-1, keepdims=True)
+    weight_BxLx1 = examples.weight_BxLxC.sum(-1, keepdims=True)
+    shares = [examples.weight_BxLxC * (1 - p_BxLxS.sum(-1, keepdims=True)), weight_BxLx1 * p_BxLxS]
+    stop_BxLxS = np.broadcast_to(stop_S, p_BxLxS.shape)
+    return dataclasses.replace(
+        examples,
+        target_BxLxC=np.concatenate([examples.target_BxLxC, stop_BxLxS], -1),
+        weight_BxLxC=np.concatenate(shares, -1).astype(np.float32),
+    )
 
 
 def below_gib(model: Model, first: int, *sides: Examples | Retention) -> float:

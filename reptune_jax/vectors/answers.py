@@ -8,6 +8,7 @@ from reptune_jax.data import positions
 from reptune_jax.data.contrast import persona_pairs
 from reptune_jax.data.schema import Item
 from reptune_jax.data.tuning import Answer
+from reptune_jax.hub.endings import said
 from reptune_jax.lm import Model
 from reptune_jax.model.intervene import Steerable
 from reptune_jax.vectors.capture import Span
@@ -53,7 +54,7 @@ def write_answers(
             split=p.split,
             sign=sign,
             prompt=p.messages[-1]["content"],
-            text=model.tokenizer.decode(ids, skip_special_tokens=True),
+            text=said(model.tokenizer, ids),
             ids=ids,
             odds=float(o) / max(len(ids), 1),
         )

@@ -47,9 +47,9 @@ def test_folder_gives_config_tensors_and_tokenizer(folder, llama):
     assert source.eos_ids == (2,)
 
 
-def test_eos_ids_come_from_the_generation_config_first(folder):
-    edit_json(folder / "generation_config.json", eos_token_id=[7, 2, 7])
-    assert open_source(folder).eos_ids == (7, 2)
+def test_eos_ids_are_those_of_all_files_the_generation_config_first(folder):
+    edit_json(folder / "generation_config.json", eos_token_id=[7, 5, 7])
+    assert open_source(folder).eos_ids == (7, 5, 2)
     (folder / "generation_config.json").unlink()
     assert open_source(folder).eos_ids == (2,)
 

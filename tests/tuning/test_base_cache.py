@@ -1,6 +1,7 @@
 """Steps that begin at the lowest trained layer are those that begin at the tokens."""
 
 import collections
+import dataclasses
 import json
 
 import jax
@@ -86,3 +87,46 @@ def test_what_enters_is_remembered_once_for_all_vectors_and_within_a_limit(model
     for i in range(4):
         base_cache._remember(f"other {i}", np.zeros(1000, np.float32), limit=9000)
     assert [*base_cache._known] == ["other 2", "other 3"]
+
+
+def end_probability(model, examples):
+    """p(a stop token comes next) at every label, from the plain forward pass, [B, L]."""
+    logits = model.forward(examples.tokens_BxT, examples.mask_BxT).logits_BxTxV
+    p_BxTxV = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
+    p_BxT = p_BxTxV[..., list(model.stop_ids)].sum(-1)
+    return np.take_along_axis(p_BxT, examples.at_BxL, axis=1)
+
+
+def test_labels_leave_the_untuned_models_probability_of_ending(model):
+    model = dataclasses.replace(model, stop_ids=(2, 0))
+    examples = tuning_case.batch(model).examples
+    examples.target_BxLxC[1, 0] = 2  # an answer that ends is an ending, and nothing else
+    kept = base_cache.keep_endings(examples, model, 2)
+    np.testing.assert_array_equal(kept.target_BxLxC[..., 1:][1, 2], [2, 0])
+    np.testing.assert_allclose(kept.weight_BxLxC.sum(-1), examples.weight_BxLxC.sum(-1), rtol=1e-6)
+    assert kept.weight_BxLxC[1, 0].tolist() == [1, 0, 0]
+    ends_BxL, labels_BxL = kept.weight_BxLxC[..., 1:].sum(-1), examples.weight_BxLxC.sum(-1) > 0
+    labels_BxL[1, 0] = False
+    want_BxL = end_probability(model, examples)
+    np.testing.assert_allclose(ends_BxL[labels_BxL], want_BxL[labels_BxL], rtol=1e-4)
+
+
+def test_answers_that_were_cut_do_not_teach_to_go_on(model):
+    c = tuning_case.settings(loss__cosine=0.0, train__layers=(1, 4), loss__layers=(1, 4))
+    batch = tuning_case.batch(model)
+    # Many, so that together they are as likely as the end of a sentence makes an ending.
+    said = set(batch.examples.target_BxLxC.ravel().tolist())
+    model = dataclasses.replace(model, stop_ids=tuple(set(range(model.arch.V)) - said)[:100])
+    labels_BxL, share = batch.examples.weight_BxLxC.sum(-1) > 0, {}
+    before_BxL = end_probability(model, batch.examples)
+    for keeps in (False, True):
+        rows = base_cache.keep_endings(batch.examples, model, 4) if keeps else batch.examples
+        case = tuning_case.case(model, c)
+        step, state = steps.make_step(case.decoder, case.train), case.state
+        for _ in range(60):
+            state, _ = step(state, case.objective, Batch(rows, None), jnp.asarray(False))
+        tuned = tuning_case.tuned(model, state.trained, c.train.layers)
+        after_BxL = end_probability(tuned, batch.examples)
+        share[keeps] = float((after_BxL / before_BxL)[labels_BxL].mean())
+    assert share[False] < 0.1
+    assert share[True] == pytest.approx(1, abs=0.3)
