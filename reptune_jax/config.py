@@ -7,6 +7,7 @@ key is an error that says which one was probably meant.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -67,6 +68,8 @@ ROLES: dict[str, str] = {
     "train.peak_tflops": "passing",
     "chat": "shown",  # is only looked at, and is not stored either
 }
+# What a vector and the targets depend on.
+OF_VECTOR = ("model", "dtype", "behavior", "vector", "targets", "eval.val_prompts", "eval.batch")
 _POSITIONS = ("response", "last", "before_answer", "all")
 
 
@@ -322,6 +325,11 @@ def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def keys_of(*roles: str) -> tuple[str, ...]:
     """The keys and sections that have one of these `ROLES`."""
     return tuple(key for key, role in ROLES.items() if role in roles)
+
+
+def is_of(key: str, keys: Iterable[str]) -> bool:
+    """Whether it is one of these keys, or in one of these sections."""
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
 def without(values: dict[str, Any], *roles: str, prefix: str = "") -> dict[str, Any]:

@@ -23,7 +23,6 @@ from reptune_jax.folder import Run, Study
 from reptune_jax.hub import export, orbax_io, peft, safetensors_io, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub.source import Source
-from reptune_jax.model import families
 from reptune_jax.model.arch import Arch
 from reptune_jax.tuned_run import TunedRun
 
@@ -49,7 +48,7 @@ def run(
     name = base or (tuned.meta["model"] if tuned else given)
     if tuned is not None and format == "adapter":
         source = sources.open_source(name)
-        arch = families.from_config(source.config)
+        arch = source.arch()
         tuned.check_leaves(name, arch, weights.leaves(source, arch))
         write_adapter(Path(to), tuned, arch, name)
     else:
@@ -118,7 +117,7 @@ def write_model(to: Path, source: Source, tuned: TunedRun | None, format: str, d
     """A whole model, leaf by leaf."""
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    arch = families.from_config(source.config)
+    arch = source.arch()
     leaves = weights.leaves(source, arch, dtype or None)
     if tuned is not None:
         tuned.check_leaves(source.name, arch, leaves)

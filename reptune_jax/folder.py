@@ -11,7 +11,9 @@
       report/index.html         and report/plots/*.png
       export/dual+_s0/          a Hugging Face folder; export/dual+_s0_adapter/ for peft
 
-A folder belongs to the config that claimed it: the same config resumes, another is refused by name.
+A folder belongs to the config that claimed it: the same config resumes, another is refused by name,
+unless nothing that is there depends on what differs. It is claimed when something is written to it,
+not before: a first start that fails leaves no claim.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
 from reptune_jax import distributed
+from reptune_jax.console import say
 
 _NAME = re.compile(r"(?P<arm>[a-z]+)(?P<sign>[+-])_s(?P<seed>\d+)")
 
@@ -89,13 +92,24 @@ class Run(_Folder):
         """Marks it as finished."""
         distributed.once(lambda: write_whole(self.done, json.dumps(about) + "\n"))
 
+    def check(self, c: ConfigDict) -> None:
+        """Raises ValueError where it belongs to another config; which runs there are may grow."""
+        _check(self, self._own(c))
+
     def claim(self, c: ConfigDict) -> None:
-        """Makes it this config's; which other runs the study has may grow.
+        """Makes it this config's.
 
         Raises:
-          ValueError: it belongs to another config.
+          ValueError: it belongs to another one.
         """
-        _claim(self, configs.without(c.to_dict(), "study", "declared"))
+        _claim(self, self._own(c))
+
+    def rests_on(self) -> tuple[str, ...] | None:
+        """The keys that what is there depends on; None = all."""
+        return None if self.results.exists() or any(self.checkpoints.glob("*")) else ()
+
+    def _own(self, c: ConfigDict) -> dict[str, Any]:
+        return configs.without(c.to_dict(), "study", "declared")
 
 
 class Study(_Folder):
@@ -146,13 +160,26 @@ class Study(_Folder):
         """The runs that logged anything."""
         return [Run(path.parent) for path in sorted(self.path.glob("**/metrics.jsonl"))]
 
+    def check(self, c: ConfigDict) -> None:
+        """Raises ValueError where it belongs to another config, whichever run that describes."""
+        _check(self, self._own(c))
+
     def claim(self, c: ConfigDict) -> None:
-        """Makes it this config's, whichever of its runs that describes.
+        """Makes it this config's.
 
         Raises:
-          ValueError: it belongs to another config.
+          ValueError: it belongs to another one.
         """
-        _claim(self, configs.without(c.to_dict(), "study", "run"))
+        _claim(self, self._own(c))
+
+    def rests_on(self) -> tuple[str, ...] | None:
+        """The keys that what is there depends on; None = all."""
+        if self.runs() or self.results():
+            return None
+        return configs.OF_VECTOR if self.vector.exists() or self.targets.exists() else ()
+
+    def _own(self, c: ConfigDict) -> dict[str, Any]:
+        return configs.without(c.to_dict(), "study", "run")
 
 
 def read_config(folder: _Folder) -> dict[str, Any]:
@@ -201,9 +228,14 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def _claim(folder: _Folder, values: dict[str, Any]) -> None:
+def _check(folder: Run | Study, values: dict[str, Any]) -> None:
     distributed.same(config=configs.digest(values))
-    distributed.once(lambda: _write_config(folder, values))
+    distributed.once(lambda: _changed(folder, _as_stored(values)))
+
+
+def _claim(folder: Run | Study, values: dict[str, Any]) -> None:
+    distributed.same(config=configs.digest(values))
+    distributed.once(lambda: _write_config(folder, _as_stored(values)))
     if not distributed.everywhere(folder.config.exists()):
         raise ValueError(
             f"workdir {folder.path}: not every process sees what process 0 wrote there, expected "
@@ -211,16 +243,33 @@ def _claim(folder: _Folder, values: dict[str, Any]) -> None:
         )
 
 
-def _write_config(folder: _Folder, values: dict[str, Any]) -> None:
-    values = json.loads(json.dumps(configs.without(values, "shown")))  # tuples become lists
-    if not folder.config.exists():
+def _as_stored(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(configs.without(values, "shown")))  # tuples become lists
+
+
+def _write_config(folder: Run | Study, values: dict[str, Any]) -> None:
+    changed = _changed(folder, values)
+    if changed:
+        say(f"{folder.path}: {'; '.join(changed)}. Nothing that is there depends on it.")
+    if changed or not folder.config.exists():
         folder.path.mkdir(parents=True, exist_ok=True)
         write_whole(folder.config, json.dumps({"config": values, **environment()}, indent=1) + "\n")
-    elif changed := configs.differences(read_config(folder), values):
-        raise ValueError(
-            f"workdir {folder.path}: holds a run of another config: {'; '.join(changed)}. "
-            "Use another --workdir, or the same config to resume."
-        )
+
+
+def _changed(folder: Run | Study, values: dict[str, Any]) -> list[str]:
+    """What differs from the folder's config, if nothing that is there depends on it."""
+    if not folder.config.exists():
+        return []
+    changed, keys = configs.differences(read_config(folder), values), folder.rests_on()
+    matter = [line for line in changed if keys is None or configs.is_of(line.split(":")[0], keys)]
+    if not matter:
+        return changed
+    advice = "Use another --workdir, or the same config to resume."
+    if not any(configs.is_of(line.split(":")[0], configs.OF_VECTOR) for line in matter):
+        advice += " vector.safetensors and targets.jsonl do not depend on it: copy them there."
+    raise ValueError(
+        f"workdir {folder.path}: holds a run of another config: {'; '.join(matter)}. {advice}"
+    )
 
 
 def _git_commit() -> str:

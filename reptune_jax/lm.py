@@ -24,7 +24,8 @@ from reptune_jax.hub import digest, export, peft, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.hub.endings import said
-from reptune_jax.model import attention, decode, families, score
+from reptune_jax.hub.source import Source
+from reptune_jax.model import attention, decode, score
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.cache import init_cache
 from reptune_jax.model.intervene import Steer, Steerable, as_steer
@@ -302,7 +303,7 @@ class Model:
         return ids[: stop + 1]
 
 
-def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Model:
+def load(name: str | Source, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Model:
     """Loads a Hugging Face folder, a hub id, a `.gguf` file or an Orbax model folder. No torch.
 
     `dtype` is both storage and compute; by default float32 on CPU, bfloat16 on accelerators.
@@ -312,11 +313,8 @@ def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) ->
       ValueError, FileNotFoundError: one message naming what is missing, unknown or mis-shaped.
     """
     dtype = jnp.dtype(dtype or default_dtype())
-    source = sources.open_source(name)
-    try:
-        arch = families.from_config(source.config)
-    except ValueError as e:
-        raise ValueError(f"{name}: {e}") from None
+    source = name if isinstance(name, Source) else sources.open_source(name)
+    arch = source.arch()
     if source.tokenizer is not None:
         tokenizers.check_vocabulary(source.tokenizer, arch.V)
     host = weights.load_params(source, arch, dtype)
@@ -326,7 +324,7 @@ def load(name: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) ->
         params,
         source.tokenizer,
         dict(source.config),
-        name,
+        source.name,
         dtype,
         source.eos_ids,
         weights.spelling(source, arch),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from reptune_jax import command_line, distributed, lm, mesh
 from reptune_jax import config as configs
 from reptune_jax.console import say
+from reptune_jax.hub.source import open_source
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
 
@@ -78,14 +79,32 @@ def load_model(c: ConfigDict) -> Model:
     """The config's model on the config's mesh."""
     began = time.monotonic()
     where = mesh.make_mesh(**c.mesh.to_dict())
-    model = lm.load(c.model, c.dtype or None, where if where.size > 1 else None)
-    if model.tokenizer is None:
+    source = open_source(c.model)
+    check_depth(c, source.arch().N)
+    if source.tokenizer is None:
         raise ValueError(f"{c.model}: has no tokenizer, expected a chat model. Add its files.")
+    model = lm.load(source, c.dtype or None, where if where.size > 1 else None)
     about = f"{model.arch.family}, {model.dtype}"
     say(f"model: {c.model} ({about}) in {time.monotonic() - began:.1f} s")
     training = model.kernel("right") if c.train.flash else attention.XLA
     say(f"attention: {training} in training, {model.kernel('any')} elsewhere")
     return model
+
+
+def check_depth(c: ConfigDict, N: int) -> None:
+    """Raises ValueError where a key names a layer that a model of N layers does not have."""
+    keys = {"train.layers": c.train.layers, "loss.layers": c.loss.layers}
+    keys |= {f"loss.also.{name}.layers": one.layers for name, one in c.loss.also.items()}
+    layers = {key: (first, stop - 1) for key, (first, stop) in keys.items()}
+    keys["steer.layers"] = layers["steer.layers"] = c.steer.layers
+    if c.targets.dose:
+        keys["targets.layers"] = layers["targets.layers"] = c.targets.layers
+    for key, named in layers.items():
+        if any(not 0 <= layer < N for layer in named):
+            raise ValueError(
+                f"{key}: got {tuple(keys[key])}, expected layers of {c.model}, which has {N}, "
+                "counted from 0. A range's end is not in it."
+            )
 
 
 def _for_user(e: BaseException) -> str:

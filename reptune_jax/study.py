@@ -32,12 +32,8 @@ def run(c: ConfigDict, workdir: Path) -> None:
             f"study.export: got {c.study.export!r}, expected '' or one of {c.study.arms}. "
             "Add the arm, or export another."
         )
-    measures = behaviors.load(c.behavior).measures
-    if c.study.primary and c.study.primary not in measures:
-        raise ValueError(
-            f"study.primary: got {c.study.primary!r}, expected '' or one of {', '.join(measures)}, "
-            f"which {c.behavior} is measured by."
-        )
+    if any(arm in TUNED_ARMS for arm in c.study.arms):
+        behaviors.load(c.behavior).check(c, "train", "tune", "val")
     study, began = Study(workdir), time.monotonic()
     with timed("model, vector and targets"):
         bench = prepare(c, study)

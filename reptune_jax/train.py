@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from reptune_jax import distributed, program
 from reptune_jax.config import TUNED_ARMS, armed
 from reptune_jax.console import say
+from reptune_jax.data import behavior as behaviors
 from reptune_jax.folder import Run, RunName, Study
 from reptune_jax.lm import Model
 from reptune_jax.tuning import loop, partition
@@ -37,12 +38,13 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
     distributed.heed_stop("before training")
     study = Study(workdir)
     tuned = study.run(RunName.of(c))
-    study.claim(c)
-    tuned.claim(c)
+    study.check(c)
+    tuned.check(c)
     if tuned.finished():
         say(f"{tuned.path.name}: already trained")
         return tuned.path
     base = functools.cache(lambda: model or program.load_model(c))
+    behaviors.load(c.behavior).check(c, "tune", "val")
     vector = extraction.run(c, study, base)
     loop.tune(make_job(c, study, tuned, vector, base()), base())
     return tuned.path
@@ -57,6 +59,8 @@ def make_job(c: ConfigDict, study: Study, tuned: Run, vector: SteeringVector, mo
     if settings.vector.random:
         vector = vector.random_like(c.seed)
         also = {name: v.random_like(c.seed) for name, v in also.items()}
+    corpus = make_corpus(settings, study.path, model)
+    tuned.claim(c)
     files = {tuned.vector: vector} | {tuned.vector_of(name): v for name, v in also.items()}
     for path, v in files.items():
         distributed.once(functools.partial(v.save, path))
@@ -70,7 +74,6 @@ def make_job(c: ConfigDict, study: Study, tuned: Run, vector: SteeringVector, mo
         "layers": list(c.train.layers),
         "lora": partition.about(model.arch, c.train),
     }
-    corpus = make_corpus(settings, study.path, model)
     distributed.same(model=model.sha, vector=vector.digest, data=corpus.digest())
     return Job(settings, tuned.path, vector, corpus, meta, also)
 

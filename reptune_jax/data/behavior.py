@@ -6,10 +6,17 @@ import hashlib
 import os
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from reptune_jax.console import say
 from reptune_jax.data import positions, schema
+from reptune_jax.data.contrast import matched_personas
 from reptune_jax.data.schema import Item, select
 
 KINDS = ("free", "claim")  # open prompts that are answered in words; claims that are judged
+_looked_through: set[str] = set()  # digests
+_CALLED = {"free": "open prompts", "claim": "claims"}
+_USE = {"train": "the vector", "tune": "tuning", "val": "validation", "test": "the results"}
 
 # Where a vector can be read, and a cosine taken, in each kind's texts.
 _POSITIONS = {
@@ -42,8 +49,29 @@ class Behavior:
         """Items of a split, of a format, or of both, in file order."""
         return select(self.items, split, format)
 
-    def check_position(self, key: str, position: str) -> None:
-        """Raises ValueError where `key` (a config's) has a position that its texts do not."""
+    def check(self, c: ConfigDict, *splits: str) -> None:
+        """That this config can be run on these items, before anything is.
+
+        Raises:
+          ValueError: no matched personas, nothing in one of `splits`, or a position that its texts
+            do not have.
+        """
+        if self.digest not in _looked_through:  # the programs of a study need not say it again
+            _looked_through.add(self.digest)
+            if doubts := schema.check(self.items):
+                say(f"behavior {self.name}: {len(doubts)} doubts, e.g. {doubts[0]}")
+        matched_personas(self.items)
+        for split in splits:
+            if not self.select(split, self.kind):
+                had = ", ".join(s for s in schema.SPLITS if self.select(s, self.kind)) or "no split"
+                raise ValueError(
+                    f"behavior {self.name}: has no {_CALLED[self.kind]} in split {split!r}, only "
+                    f"in {had}, expected some for {_USE[split]}. Add some."
+                )
+        self._check_position("vector.position", c.vector.position)
+        self._check_position("loss.position", c.loss.position)
+
+    def _check_position(self, key: str, position: str) -> None:
         known = _POSITIONS[self.kind, key]
         if position in known:
             return
@@ -51,7 +79,7 @@ class Behavior:
             raise ValueError(
                 f"{key}: got {position!r}, expected one of {', '.join(known)}, or a negative "
                 f"offset from the end of the prompt, for {self.name}, a behavior with "
-                f"{'open prompts' if self.kind == 'free' else 'claims'}."
+                f"{_CALLED[self.kind]}."
             )
         positions.offset(position)
 

@@ -12,7 +12,7 @@ from reptune_jax.config import digest
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data.behavior import Behavior
-from reptune_jax.data.schema import Item
+from reptune_jax.data.schema import Item, one_of
 from reptune_jax.evals import claims, generation, measures, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.measures import METRICS
@@ -103,6 +103,11 @@ class Bench:
 
 def prepare(c: ConfigDict, study: Study, model: Model | None = None) -> Bench:
     """Loads or makes everything a measurement needs."""
+    behavior = behaviors.load(c.behavior)
+    formats = {item.format for item in behavior.items} - {"persona"}
+    measures.check(behavior.measures, c.study.primary, formats)
+    for split in c.eval.splits:
+        one_of("eval.splits", split, ("val", "test", "ood"))
     base = functools.cache(lambda: model or program.load_model(c))
     vector = extraction.run(c, study, base)
     vector.check_model(base().sha, base().name)

@@ -5,7 +5,7 @@ generated answers. A measure of one's own is an entry here.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from reptune_jax.evals import judges
 
@@ -90,6 +90,21 @@ class Measure:
 def known() -> list[Measure]:
     """All that a behavior can be measured by."""
     return [Measure(name, form) for name, metric in METRICS.items() for form in metric.formats]
+
+
+def check(measures: Collection[str], primary: str, formats: Collection[str]) -> None:
+    """Raises ValueError where a behavior with items of these formats cannot be measured so."""
+    for measure in measures:
+        if Measure.parse(measure).format not in formats:
+            raise ValueError(
+                f"measures: got {measure!r}, expected a measure of the items that are there, which "
+                f"are of format {', '.join(sorted(formats))}. Add items, or leave it out."
+            )
+    if primary and primary not in measures:
+        raise ValueError(
+            f"study.primary: got {primary!r}, expected '' or one of {', '.join(measures)}, which "
+            "the behavior is measured by."
+        )
 
 
 def judged(measures: Iterable[str]) -> str | None:

@@ -13,6 +13,8 @@ from reptune_jax.hub.gguf_io import read_gguf
 from reptune_jax.hub.names import Spelling
 from reptune_jax.hub.safetensors_io import TensorHandle, read_tensors
 from reptune_jax.hub.tokenizer import check_vocabulary, gguf_tokenizer
+from reptune_jax.model import families
+from reptune_jax.model.arch import Arch
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +38,17 @@ class Source:
     eos_ids: tuple[int, ...]  # tokens that end a generation
     leaves: Mapping[str, TensorHandle] | None = None  # of an Orbax model folder, by our paths
     spelling: Spelling | None = None  # of the Hugging Face folder that one was made from
+
+    def arch(self) -> Arch:
+        """What the config describes.
+
+        Raises:
+          ValueError: a family or a setting that is not computed here.
+        """
+        try:
+            return families.from_config(self.config)
+        except ValueError as e:
+            raise ValueError(f"{self.name}: {e}") from None
 
 
 def open_source(name: str | Path) -> Source:

@@ -49,7 +49,10 @@ RETENTION = _line("""
     declared margin of {margin:g} nats/token: below it non-inferior, above it inferior, else
     inconclusive.
 """)
-GUARDS = "Generated answers on test: a behavior score bought with degenerate text shows here."
+GUARDS = _line("""
+    Generated answers on test: a behavior score bought with degenerate text shows here. Stopped:
+    share that ended by themselves within eval.new_tokens.
+""")
 
 FOREST = _line("""
     Point: mean paired Δ to base on test. Bar: 95 % bootstrap over clusters and seeds. Small dots:

@@ -23,8 +23,10 @@ from reptune_jax.vectors.steering_vector import SteeringVector
 def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVector:
     """Makes, or reads, the study's vector and targets; `load` is called if a model is needed."""
     behavior = behaviors.load(c.behavior)
-    behavior.check_position("vector.position", c.vector.position)
-    behavior.check_position("loss.position", c.loss.position)
+    behavior.check(c, "train")
+    study.check(c)
+    if not distributed.exists(study.vector):
+        load()  # where a first start may still fail, and then claims nothing
     study.claim(c)
     distributed.same(behavior=behavior.digest)
     if not distributed.exists(study.vector):

@@ -2,9 +2,9 @@
 
 import pytest
 
+from reptune_jax import config
 from reptune_jax.data import behavior, positions
 from reptune_jax.hub import tokenizer as tk
-from tests.support import tiny_behavior
 from tests.support.hub_models import tokenizer_metadata
 
 
@@ -76,17 +76,11 @@ def test_positions_that_are_not_there(tok, position, prompt_length, message):
     ],
 )
 def test_a_position_that_a_behaviors_texts_have_not(name, key, position):
+    c, found = config.default(), behavior.load(name)
+    c.vector.position = c.loss.position = "last"
+    found.check(c)
+    c.update_from_flattened_dict({key: "-2"})
+    found.check(c)
+    c.update_from_flattened_dict({key: position})
     with pytest.raises(ValueError, match=f"position: got '{position}', expected"):
-        behavior.load(name).check_position(key, position)
-    behavior.load(name).check_position(key, "last")
-    behavior.load(name).check_position(key, "-2")
-
-
-def test_it_is_said_before_anything_is_loaded_or_written(tmp_path):
-    from reptune_jax import study
-
-    c = tiny_behavior.settings("no/such-model", tiny_behavior.write(tmp_path))
-    c.loss.position = "before_answer"
-    with pytest.raises(ValueError, match=r"loss\.position: got 'before_answer'"):
-        study.run(c, tmp_path / "study")
-    assert not (tmp_path / "study").exists()
+        found.check(c)

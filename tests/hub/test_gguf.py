@@ -36,7 +36,7 @@ def test_llama_gguf_equals_the_model_it_came_from(llama, tmp_path):
     assert_same(source.tensors, weights_of(llama))
     assert source.config["tie_word_embeddings"] is False
     assert source.config["rope_parameters"]["rope_theta"] == 10000.0
-    assert (source.eos_ids, source.folder) == ((2,), None)
+    assert (source.eos_ids, source.folder) == ((2, 0), None)  # <|im_end|>, <|endoftext|>
     expected = llama.config.to_dict()
     for key, value in source.config.items():
         if key not in ("architectures", "rms_norm_eps", "pad_token_id"):
@@ -224,4 +224,4 @@ def test_smollm2_equals_transformers_own_reading():
     theirs = model.config.to_dict()
     shared = [key for key in source.config if key != "architectures"]
     assert {k: source.config[k] for k in shared} == {k: theirs[k] for k in shared}
-    assert source.eos_ids == (source.tokenizer.eos_token_id,)
+    assert source.eos_ids == (source.tokenizer.eos_token_id, 0)  # llama.cpp ends at both

@@ -237,5 +237,5 @@ def test_a_split_without_examples_is_an_error(model, behavior, tmp_path):
     path = tmp_path / "short.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows if r.get("split") != "val"))
     c = tiny_behavior.settings(model.name, path)
-    with pytest.raises(ValueError, match=r"got no example of split 'val'"):
+    with pytest.raises(ValueError, match=r"has no open prompts in split 'val'"):
         train.run(c, tmp_path / "study", model)
