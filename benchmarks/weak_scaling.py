@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
 from reptune_jax import mesh as meshes
+from reptune_jax import ranges
 from reptune_jax.cost import hardware
 from reptune_jax.cost.collectives import traffic
 from reptune_jax.model import families
@@ -48,7 +49,7 @@ def settings(rows: int) -> ConfigDict:
     c.model, c.train.modules = "none", ("attn/q", "attn/k", "attn/v", "attn/o")
     c.train.layers = c.loss.layers = TUNED
     c.train.batch, c.loss.retain = rows, 0.0
-    return configs.check(c)
+    return ranges.check(c)
 
 
 def measure(devices: list[Any], rows: int, tokens: int) -> Cost:

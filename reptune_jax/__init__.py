@@ -6,7 +6,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from reptune_jax.folder import version
-from reptune_jax.lm import Model, load, load_adapter, save_hf
+from reptune_jax.hub.export import save_hf
+from reptune_jax.lm import Model, load, load_adapter
 from reptune_jax.vectors.bake import bake
 from reptune_jax.vectors.pairs import extract
 from reptune_jax.vectors.steering_vector import SteeringVector

@@ -1,9 +1,11 @@
 """Model cards: README.md of an exported checkpoint, a merged run, an adapter."""
 
+import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from reptune_jax.hub.side_files import public_name
 from reptune_jax.report import blocks
 from reptune_jax.report import study as studies
 from reptune_jax.report.study import BASE, Setting, Study
@@ -29,9 +31,9 @@ tokenizer = AutoTokenizer.from_pretrained("this/folder")
 |---|---|
 | arm, seed | {arm}, {seed} |
 | trained | layers {first} to {last}, {what} {modules}, {steps} steps of {batch} |
-| vector | {method} at position `{position}`, {pairs} pairs, sha256 {sha} |
+{arguments}| vector | {method} at position `{position}`, {pairs} pairs, sha256 {sha} |
 | effect on held-out prompts ({measure}) | {effect} against the base model |
-| KL(base, this) on neutral prose | {kl:.4f} nats/token |
+| KL(base, this) on neutral prose | {kl} nats/token |
 
 Intervals are 95 % bootstrap intervals over prompts. Made with reptune_jax.
 """
@@ -42,9 +44,12 @@ def study_card(c: ConfigDict, study: Study) -> str:
     setting = Setting(c.arm, c.sign)
     name = public_name(c.model)
     measure, effect = study.primary, "not measured"
+    given = study.vector.get("template_arguments")
     if measure is not None:
         found = studies.interval(study.delta(setting, BASE, measure, "test"))
         effect = blocks.interval(found)
+    if gone := sum(n for n, _ in study.missing(setting).values()):
+        effect += f" ({gone} of the run's values were not finite and are left out)"
     return _TEMPLATE.format(
         model=name,
         title=f"{name.rsplit('/', 1)[-1]}, {c.behavior} {'+' if c.sign > 0 else '-'}",
@@ -58,13 +63,14 @@ def study_card(c: ConfigDict, study: Study) -> str:
         modules=", ".join(c.train.modules),
         steps=c.train.steps,
         batch=c.train.batch,
+        arguments=f"| chat template | given `{json.dumps(given)}` |\n" if given else "",
         method=study.vector.get("method"),
         position=study.vector.get("position"),
         pairs=study.vector.get("pairs"),
         sha=study.vector.get("sha256"),
         measure=measure.label if measure else "none",
         effect=effect,
-        kl=study.kl(setting),
+        kl=blocks.number(study.kl(setting), 4),
     )
 
 
@@ -98,11 +104,6 @@ def trained_what(tuned: TunedRun) -> str:
         what = f"LoRA of rank {lora['rank']} and alpha {lora['alpha']:g} on "
         what += ", ".join(lora["targets"])
     return f"{what} of layers {first} to {stop - 1}"
-
-
-def public_name(name: str) -> str:
-    """A local path means nothing to who downloads a model, and says where it was made."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def _title(base: str, tuned: TunedRun) -> str:

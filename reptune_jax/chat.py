@@ -23,6 +23,7 @@ from reptune_jax.console import say
 from reptune_jax.evals import arms
 from reptune_jax.evals.arms import Condition
 from reptune_jax.folder import Study
+from reptune_jax.vectors import extraction
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 _GAP = " | "
@@ -62,7 +63,7 @@ def conditions(c: ConfigDict, workdir: Path) -> dict[str, Condition]:
         )
     vector, run_folder = SteeringVector.load(study.vector), find_run(study, c.chat.run)
     base = program.load_model(c)
-    vector.check_model(base.sha, base.name)
+    extraction.fit(vector, base)
     tuned = arms.tuned(base, run_folder)
     layer = c.chat.layer if c.chat.layer >= 0 else c.steer.layers[0]
     steered = arms.steered(base, vector, layer, c.chat.dose, tuned.sign)

@@ -1,4 +1,4 @@
-"""Everything a run depends on, in one place: defaults, arms, checks, the file in the run folder.
+"""Everything a run depends on, in one place: defaults, arms, roles. `ranges` says what is allowed.
 
 A config is a Python file with `get_config(arg="")` that starts from `default()` and changes what it
 needs. Programs take `--config=configs/x.py[:arg]` and `--config.key=value` overrides; an unknown
@@ -28,27 +28,6 @@ TUNED_ARMS = ("token", "vector", "dual", "random", "out")
 
 MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: hold
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "arm": tuple(ARMS),
-    "sign": (1, -1),
-    "dtype": ("", "float32", "bfloat16", "float16"),
-    "loss.mode": MODES,
-    "loss.targets": ("behavior", "neutral"),
-    "train.decay": ("linear", "cosine", "none"),
-    "train.remat": ("none", "dots", "full"),
-    "vector.norm": ("raw", "unit"),
-}
-_POSITIVE: tuple[str, ...] = (
-    "train.steps",
-    "train.batch",
-    "train.accumulate",
-    "train.retain_batch",
-    "train.lr",
-    "train.lora.alpha",
-)
-_POSITIVE += ("train.retain_positions", "train.log_every", "train.eval_every", "targets.best_share")
-_POSITIVE += ("vector.pairs", "vector.answer_tokens", "eval.new_tokens", "eval.batch")
-
 # What a key or section is. One that is not here is part of every result.
 ROLES: dict[str, str] = {
     "arm": "run",  # tells the runs of a study apart
@@ -69,8 +48,8 @@ ROLES: dict[str, str] = {
     "chat": "shown",  # is only looked at, and is not stored either
 }
 # What a vector and the targets depend on.
-OF_VECTOR = ("model", "dtype", "behavior", "vector", "targets", "eval.val_prompts", "eval.batch")
-_POSITIONS = ("response", "last", "before_answer", "all")
+OF_VECTOR: tuple[str, ...] = ("model", "dtype", "template_arguments", "behavior", "vector")
+OF_VECTOR += ("targets", "eval.val_prompts", "eval.batch")
 
 
 def default() -> ConfigDict:
@@ -78,6 +57,7 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.model = ""  # folder, hub id, or file.gguf
     c.dtype = ""  # "" = float32 on CPU, bfloat16 on accelerators
+    c.template_arguments = ""  # JSON, what chat templates are given: {"enable_thinking": false}
     c.behavior = "sentiment"  # a shipped behavior, or a path to a .jsonl
     c.arm = "dual"  # one of ARMS
     c.sign = 1  # +1 toward the behavior, -1 away from it
@@ -260,51 +240,6 @@ def retains(config: ConfigDict) -> bool:
     return bool(config.loss.retain or config.loss.l2 or config.loss.own)
 
 
-def check(config: ConfigDict) -> ConfigDict:
-    """The config with references resolved and values checked.
-
-    Raises:
-      ValueError: a value outside its range, by name.
-    """
-    out = config.copy_and_resolve_references()
-    for key, known in _CHOICES.items():
-        _one_of(key, _get(out, key), known)
-    for key in _POSITIVE:
-        if not _get(out, key) > 0:
-            raise ValueError(f"{key}: got {_get(out, key)}, expected more than 0.")
-    if out.train.lora.rank < 0:
-        raise ValueError(f"train.lora.rank: got {out.train.lora.rank}, expected 0 or more.")
-    for key in ("train.save_every", "train.save_minutes", "train.peak_tflops"):
-        if not _get(out, key) >= 0:
-            raise ValueError(f"{key}: got {_get(out, key)}, expected 0 (off) or more.")
-    for key in ("train.layers", "loss.layers"):
-        _check_layers(key, _get(out, key))
-    first, stop = out.train.profile
-    if (first, stop) != (0, 0) and not 0 <= first < stop <= out.train.steps:
-        raise ValueError(
-            f"train.profile: got {(first, stop)}, expected first < stop <= train.steps="
-            f"{out.train.steps}, or (0, 0) for none."
-        )
-    for key in ("vector.position", "loss.position"):
-        _check_position(key, _get(out, key))
-    for arm in out.study.arms:
-        _one_of("study.arms", arm, ARMS)
-    if not out.model:
-        raise ValueError(
-            "model: got '', expected a folder, hub id or .gguf file. Set --config.model=…"
-        )
-    for name, ends in out.loss.anneal.items():
-        _check_anneal(f"loss.anneal.{name}", ends)
-    for name, one in out.loss.also.items():
-        _check_also(f"loss.also.{name}", one, out.train.accumulate)
-    if out.train.batch % out.train.accumulate or out.train.retain_batch % out.train.accumulate:
-        raise ValueError(
-            f"train.accumulate: got {out.train.accumulate}, expected a divisor of train.batch="
-            f"{out.train.batch} and train.retain_batch={out.train.retain_batch}."
-        )
-    return out
-
-
 def digest(values: dict[str, Any]) -> str:
     """Identifies the resolved values, whatever file they came from."""
     text = json.dumps(lasting(values), sort_keys=True, default=list)
@@ -345,51 +280,6 @@ def without(values: dict[str, Any], *roles: str, prefix: str = "") -> dict[str, 
 def lasting(values: dict[str, Any]) -> dict[str, Any]:
     """The values that a result may depend on: not chat's, the devices', or when to save."""
     return without(values, "passing", "shown")
-
-
-def _one_of(name: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, known))}.")
-
-
-def _check_also(name: str, one: ConfigDict, accumulate: int) -> None:
-    for key, known in (
-        ("sign", _CHOICES["sign"]),
-        ("mode", (*MODES, "hold")),
-        ("targets", _CHOICES["loss.targets"]),
-    ):
-        _one_of(f"{name}.{key}", one[key], known)
-    _check_anneal(f"{name}.anneal", one.anneal)
-    _check_layers(f"{name}.layers", one.layers)
-    _check_position(f"{name}.position", one.position)
-    if one.batch < 1 or one.batch % accumulate:
-        raise ValueError(
-            f"{name}.batch: got {one.batch}, expected a multiple of train.accumulate={accumulate}."
-        )
-
-
-def _check_anneal(key: str, ends: Any) -> None:
-    if len(ends) != 2 or min(ends) < 0:
-        raise ValueError(f"{key}: got {ends}, expected two factors of 0 or more. Example: (1, 0).")
-
-
-def _check_layers(key: str, value: Any) -> None:
-    if len(value) != 2 or not 0 <= value[0] < value[1]:
-        raise ValueError(f"{key}: got {value}, expected first < stop. Example: (10, 20).")
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
-def _check_position(key: str, value: str) -> None:
-    if value not in _POSITIONS and not (value.startswith("-") and value[1:].isdigit()):
-        raise ValueError(
-            f"{key}: got {value!r}, expected one of {', '.join(_POSITIONS)}, or a negative offset "
-            "from the end of the prompt."
-        )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

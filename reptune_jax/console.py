@@ -1,5 +1,6 @@
 """Saying things to the person at the terminal, for programs and libraries alike."""
 
+import functools
 import time
 
 from reptune_jax import distributed
@@ -9,6 +10,12 @@ def say(message: str) -> None:
     """One line with the time of day; only the first of several processes speaks."""
     if distributed.is_first():
         print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
+
+
+@functools.cache
+def note(message: str) -> None:
+    """What was decided without asking: said once, however often a model is opened."""
+    say(f"note: {message}")
 
 
 def clock(seconds: float) -> str:

@@ -9,7 +9,6 @@ the base model, or with --format=adapter its LoRA alone, for `peft`. One stacked
 at a time.
 """
 
-import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,17 +19,15 @@ from reptune_jax import cards, command_line, lm, program, tuned_run
 from reptune_jax.console import say
 from reptune_jax.evals import agreement
 from reptune_jax.folder import Run, Study
-from reptune_jax.hub import export, orbax_io, peft, safetensors_io, weights
+from reptune_jax.hub import export, orbax_io, peft, safetensors_io, side_files, stored, weights
 from reptune_jax.hub import source as sources
+from reptune_jax.hub.rounding import Rounding
 from reptune_jax.hub.source import Source
 from reptune_jax.model.arch import Arch
 from reptune_jax.tuned_run import TunedRun
 
 FORMATS = ("orbax", "hf", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
-# What goes with the weights, copied as it is. Code never does.
-_FILES = ["config.json", "generation_config.json", "*token*", "vocab.*", "merges.txt"]
-_FILES += ["chat_template*", "added_tokens.json", "LICENSE*", "*.model"]
 
 
 def run(
@@ -55,7 +52,7 @@ def run(
         write_model(Path(to), sources.open_source(name), tuned, format, dtype)
     say(f"{given} -> {to} ({format})")
     if verify:
-        check(given, Path(to), format, tuned, name)
+        check(given, Path(to), format, tuned, name, dtype)
     return Path(to)
 
 
@@ -108,7 +105,7 @@ def choose_format(format: str, given: str, tuned: TunedRun | None) -> str:
 def write_adapter(to: Path, tuned: TunedRun, arch: Arch, base: str) -> None:
     """A LoRA run as a PEFT folder."""
     about = {**(tuned.lora or {}), "layers": tuned.meta["layers"]}
-    identity = cards.public_name(base), tuned.meta["model_sha"]
+    identity = side_files.public_name(base), tuned.meta["model_sha"]
     card = cards.adapter_card(base, tuned)
     peft.save_adapter(to, arch, tuned.trained, about, identity, card)
 
@@ -118,10 +115,11 @@ def write_model(to: Path, source: Source, tuned: TunedRun | None, format: str, d
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}.")
     arch = source.arch()
-    leaves = weights.leaves(source, arch, dtype or None)
+    leaves = weights.leaves(source, arch, None if tuned else dtype or None)
     if tuned is not None:
         tuned.check_leaves(source.name, arch, leaves)
-        leaves = tuned.over_leaves(leaves)
+        rounding = Rounding(dtype or leaves["embed/embedding"].dtype)
+        leaves = tuned.over_leaves(leaves, dtype or None, rounding)
     total = sum(leaf.nbytes for leaf in leaves.values())
     with (
         export.all_or_nothing(to) as scratch,
@@ -135,38 +133,43 @@ def write_model(to: Path, source: Source, tuned: TunedRun | None, format: str, d
             tensors = specs, weights.to_hf(leaves, arch.family, spelling)
             safetensors_io.stream_tensors(scratch, *tensors, bar.update)
         if tuned is not None:
+            rounding.report(tuned.folder)
             (scratch / "README.md").write_text(cards.merged_card(tuned), encoding="utf-8")
         # Last, so that a folder that was left half made is not taken for a model.
-        write_files(scratch, source, dtype)
-
-
-def write_files(folder: Path, source: Source, dtype: str) -> None:
-    """Config, tokenizer and generation settings: copied, or made where the source is one file."""
-    if source.folder is not None:
-        found = {path for pattern in _FILES for path in source.folder.glob(pattern)}
-        for path in sorted(p for p in found if p.is_file() and p.suffix != ".py"):
-            shutil.copyfile(path, folder / path.name)
-        if dtype:
-            config = {k: v for k, v in source.config.items() if k != "torch_dtype"}
-            export.write_json(folder / "config.json", {**config, "dtype": dtype})
-        return
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
-    ends = {"eos_token_id": list(source.eos_ids) or None}
-    export.write_json(folder / "generation_config.json", ends)
-    stored = dtype or max(source.tensors.values(), key=lambda leaf: leaf.nbytes).dtype.name
-    export.write_json(folder / "config.json", {**source.config, "dtype": stored})
+        made = source.folder is None
+        largest = max(leaves.values(), key=lambda leaf: leaf.nbytes)
+        side_files.write(
+            scratch,
+            source.folder,
+            source.config,
+            largest.dtype.name if made or dtype else "",
+            source.tokenizer,
+            {"eos_token_id": list(source.eos_ids) or None},
+        )
 
 
 # ---------------------------------------------------------------- verifying
 
 
-def check(given: str, to: Path, format: str, tuned: TunedRun | None, base: str) -> None:
-    """Prints how far the two models' predictions lie apart.
+def check(
+    given: str, to: Path, format: str, tuned: TunedRun | None, base: str, dtype: str = ""
+) -> None:
+    """Compares what is stored, byte for byte, and prints how far the predictions lie apart.
 
     Raises:
-      SystemExit: beyond the tolerance of the type that the weights were stored in.
+      SystemExit: another byte or key of the config than was asked for, or predictions beyond the
+        tolerance of the type that the weights were stored in.
     """
+    if format != "adapter":
+        source = sources.open_source(base)
+        changed = tuned.tensor_names(source.arch().family) if tuned else ()
+        if wrong := stored.differences(source, to, dtype, changed):
+            for line in wrong[:10]:
+                say(f"verify: {line}")
+            say(
+                f"verify: FAILED. {to} does not hold what {base} stores ({len(wrong)} differences)."
+            )
+            raise SystemExit(1)
     before = lm.load(base)
     if tuned is not None:
         before = tuned.over(before)
@@ -201,7 +204,8 @@ def main() -> None:
         "base": "for a tuned run: its base model, if it is no longer where it was",
     }
     values = {name: flags.DEFINE_string(name, None, text) for name, text in names.items()}
-    verify = flags.DEFINE_bool("verify", False, "compare the predictions of source and result")
+    text = "compare the bytes and the predictions of source and result"
+    verify = flags.DEFINE_bool("verify", False, text)
     flags.mark_flags_as_required(["from", "to"])
 
     def entry(argv: list[str]) -> None:

@@ -15,17 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from tqdm import tqdm
 
-from reptune_jax import distributed
 from reptune_jax import mesh as meshes
-from reptune_jax.hub import digest, export, peft, weights
+from reptune_jax.hub import digest, peft, templates, text, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.hub.endings import said
 from reptune_jax.hub.source import Source
-from reptune_jax.model import attention, decode, score
+from reptune_jax.model import attention, decode, finite, inputs, score
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.cache import init_cache
 from reptune_jax.model.intervene import Steer, Steerable, as_steer
@@ -45,7 +43,11 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A chat model; see `load`. `config` is the raw config.json, kept for the export."""
+    """A chat model; see `load`. `config` is the raw config.json, kept for the export.
+
+    `files` is the folder whose tokenizer, license and so on go with an export; None: made anew.
+    Methods raise ValueError for what no model can read, and for numbers that are not finite.
+    """
 
     arch: Arch
     params: dict[str, Any]
@@ -55,6 +57,12 @@ class Model:
     dtype: Any
     stop_ids: tuple[int, ...]
     spelling: weights.Spelling = weights.AS_TABLED
+    files: Path | None = None
+
+    def __repr__(self) -> str:
+        a, size = self.arch, sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        shape = f"{a.N} layers of width {a.D}, {size:,} parameters"
+        return f"Model({self.name!r}, {a.family}, {shape}, {jnp.dtype(self.dtype).name})"
 
     @functools.cached_property
     def sha(self) -> str:
@@ -90,8 +98,7 @@ class Model:
         capture: bool = False,
     ) -> Output:
         """Full forward. `mask_BxT` is 1 on real tokens, padding on either side."""
-        tokens_BxT = jnp.asarray(tokens_BxT)
-        mask_BxT = jnp.ones_like(tokens_BxT) if mask_BxT is None else jnp.asarray(mask_BxT)
+        tokens_BxT, mask_BxT = inputs.token_arrays(tokens_BxT, mask_BxT, self.arch.V)
         steer = as_steer(steer, self.arch, *tokens_BxT.shape)
         logits, residual = _forward(
             self.decoder, self.params, tokens_BxT, mask_BxT, steer, capture=capture
@@ -112,14 +119,11 @@ class Model:
 
         `chat` renders a text prompt as one user turn. Steering applies to prompt and new tokens.
         """
-        new = self.generate_each(
-            [self.encode_prompt(prompt, chat) for prompt in prompts],
-            max_new_tokens,
-            temperature,
-            steer,
-            batch_size,
-            seed,
-        )
+        prompts = inputs.prompts(prompts)
+        ids = [self.encode_prompt(prompt, chat) for prompt in prompts]
+        if chat:
+            text.warn_of_rendered(self.tokenizer, [p for p in prompts if isinstance(p, str)])
+        new = self.generate_each(ids, max_new_tokens, temperature, steer, batch_size, seed)
         return [said(self.tokenizer, ids) for ids in new]
 
     def generate_each(
@@ -130,29 +134,42 @@ class Model:
         steer: Steerable | None = None,
         batch_size: int = 32,
         seed: int = 0,
+        missing: bool = False,
     ) -> list[list[int]]:
-        """Ids in, new ids out, in order; a stop token ends a row and is kept as its last id."""
-        _check_batched(prompts, steer)
+        """Ids in, new ids out, in order; a stop token ends a row and is kept as its last id.
+
+        With `missing`, logits that are not finite are no error: they end a row in MISSING.
+        """
+        prompts = inputs.token_rows(prompts, self.arch.V, steer)
+        inputs.numbers(temperature, max_new=max_new, batch_size=batch_size)
         out: list[list[int]] = [[]] * len(prompts)
         size = max(1, min(batch_size, len(prompts)))  # few prompts: no rows for nothing
-        batches = list(batches_by_length([len(p) for p in prompts], size))
+        batches = list(batches_by_length([*map(len, prompts)], size))
         for rows in tqdm(batches, desc="generating", delay=2, leave=False):
             tokens, mask = pad([prompts[r] for r in rows], self.pad_id, left=True, rows=size)
-            new_BxM = self.generate_ids(tokens, mask, max_new, temperature, steer, seed + rows[0])
-            for r, new_M in zip(rows, new_BxM, strict=False):
+            asked = max_new, temperature, steer, seed + rows[0], True
+            for r, new_M in zip(rows, self.generate_ids(tokens, mask, *asked), strict=False):
                 out[r] = self.cut(new_M)
+        if not missing:
+            self.check_finite([ids[-1] != decode.MISSING for ids in out], "answers", steer)
         return out
 
     def generate_ids(
         self,
-        tokens_BxT: np.ndarray,
-        mask_BxT: np.ndarray,
+        tokens_BxT: Any,
+        mask_BxT: Any,
         max_new: int,
         temperature: float = 0.0,
         steer: Steerable | Steer | None = None,
         seed: int = 0,
+        missing: bool = False,
     ) -> np.ndarray:
-        """Left-padded ids in, [B, max_new] ids out (a row repeats its stop token after it)."""
+        """Left-padded ids in, [B, max_new] ids out (a row repeats its stop token after it).
+
+        With `missing`, logits that are not finite are no error: from there on a row is MISSING.
+        """
+        tokens_BxT, mask_BxT = inputs.token_arrays(tokens_BxT, mask_BxT, self.arch.V, left=True)
+        inputs.numbers(temperature, max_new=max_new)
         B, T = tokens_BxT.shape
         make_cache: Any = init_cache
         if self.mesh is not None:
@@ -168,7 +185,10 @@ class Model:
             jax.random.key(seed),
             max_new=max_new,
         )
-        return meshes.fetch(new_BxM)
+        new_BxM = meshes.fetch(new_BxM)
+        if not missing:
+            self.check_finite((new_BxM != decode.MISSING).all(1), "answers", steer)
+        return new_BxM
 
     def loglikelihood(
         self,
@@ -181,8 +201,11 @@ class Model:
         Context and continuation are tokenised jointly, so that a boundary is never cut differently
         from running text; an empty context starts from the BOS (or EOS) token.
         """
-        encoded = [self.encode_pair(c, t) for c, t in pairs]
-        ids, starts = [i for i, _ in encoded], [s for _, s in encoded]
+        text.need(self.tokenizer, self.name)
+        end, given = next(iter(self.stop_ids), self.pad_id), inputs.text_pairs(pairs)
+        encoded = [text.encode_pair(self.tokenizer, c, t, end) for c, t in given]
+        ids = [tokenizers.known_ids(self.tokenizer, i, self.arch.V) for i, _ in encoded]
+        starts = [s for _, s in encoded]
         return self.score_ids(ids, starts, steer, batch_size)
 
     def score_ids(
@@ -191,9 +214,14 @@ class Model:
         starts: Sequence[int],
         steer: Steerable | None = None,
         batch_size: int = 32,
+        missing: bool = False,
     ) -> list[tuple[float, bool]]:
-        """(sum of log p(ids[start:] | ids[:start]), whether each of them is the argmax)."""
-        _check_batched(ids, steer)
+        """(sum of log p(ids[start:] | ids[:start]), whether each of them is the argmax).
+
+        With `missing`, a sum that is not finite is NaN and no error.
+        """
+        ids = inputs.token_rows(ids, self.arch.V, steer)
+        starts = inputs.starts(starts, ids)
         out: list[tuple[float, bool]] = [(0.0, False)] * len(ids)
         size = max(1, min(batch_size, len(ids)))
         for rows in batches_by_length([len(i) for i in ids], size):
@@ -209,10 +237,11 @@ class Model:
                 as_steer(steer, self.arch, *tokens.shape),
                 L=-(-max(len(ids[r]) - starts[r] for r in rows) // BUCKET) * BUCKET,
             )
-            for r, logp, greedy in zip(
-                rows, meshes.fetch(logp_B), meshes.fetch(greedy_B), strict=False
-            ):
-                out[r] = float(logp), bool(greedy)
+            found = zip(rows, meshes.fetch(logp_B), meshes.fetch(greedy_B), strict=False)
+            for r, logp, greedy in found:
+                out[r] = float(logp) if np.isfinite(logp) else np.nan, bool(greedy)
+        if not missing:
+            self.check_finite([np.isfinite(logp) for logp, _ in out], "scores", steer)
         return out
 
     def next_logp(
@@ -221,9 +250,14 @@ class Model:
         candidates_IxC: np.ndarray,
         steer: Steerable | None = None,
         batch_size: int = 32,
+        missing: bool = False,
     ) -> np.ndarray:
-        """log p(candidate is the next token) for each prompt's C candidates, [I, C]."""
-        _check_batched(prompts, steer)
+        """log p(candidate is the next token) for each prompt's C candidates, [I, C].
+
+        With `missing`, what is not finite is NaN and no error.
+        """
+        prompts = inputs.token_rows(prompts, self.arch.V, steer)
+        candidates_IxC = inputs.candidates(candidates_IxC, len(prompts), self.arch.V)
         out_IxC = np.zeros(candidates_IxC.shape, np.float32)
         size = max(1, min(batch_size, len(prompts)))
         for rows in batches_by_length([len(p) for p in prompts], size):
@@ -235,7 +269,13 @@ class Model:
             placed = meshes.put_rows((tokens, mask, candidates), self.mesh)
             logp = score.candidates(self.decoder, self.params, prefix, *placed, steer_B)
             out_IxC[rows] = meshes.fetch(logp)[: len(rows)]
-        return out_IxC
+        if not missing:
+            self.check_finite(np.isfinite(out_IxC).all(1), "scores", steer)
+        return np.where(np.isfinite(out_IxC), out_IxC, np.nan)
+
+    def check_finite(self, finite_I: Any, what: str, steer: Any = None) -> None:
+        """Raises ValueError, naming the model and its type, where a number of `what` is not."""
+        finite.require(finite_I, what, self.name, self.dtype, steer is not None)
 
     def in_batches(
         self, compute: Callable[..., Any], inputs: tuple[np.ndarray, ...], batch: int
@@ -260,46 +300,22 @@ class Model:
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id if self.tokenizer else None
-        return next(iter(self.stop_ids), 0) if pad is None else pad
-
-    def _need_tokenizer(self) -> None:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{self.name}: has no tokenizer, expected one for text. Use `generate_ids` and "
-                "`forward` with token ids, or add its files."
-            )
+        known = (t for t in (pad, *self.stop_ids) if t is not None and t < self.arch.V)
+        return next(known, 0)
 
     def encode_prompt(self, prompt: str | list[dict[str, str]], chat: bool = True) -> list[int]:
-        self._need_tokenizer()
+        text.need(self.tokenizer, self.name)
         if isinstance(prompt, str) and not chat:
-            return self.tokenizer.encode(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizers.chat_text(self.tokenizer, messages)
-        # The template has written its own special tokens; adding them again would double BOS.
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Joint ids and the index of the continuation's first token (by character offset)."""
-        self._need_tokenizer()
-        encoded = self.tokenizer(
-            context + continuation, return_offsets_mapping=True, add_special_tokens=False
-        )
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        start = next((i for i, (_, end) in enumerate(offsets) if end > len(context)), None)
-        if start is None:
-            raise ValueError(
-                f"continuation: got {continuation!r}, which has no token of its own, expected text "
-                "to score. Drop it."
-            )
-        if start == 0:
-            bos = self.tokenizer.bos_token_id
-            return [next(iter(self.stop_ids), self.pad_id) if bos is None else bos, *ids], 1
-        return ids, start
+            ids = text.encode(self.tokenizer, prompt)
+        else:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            ids = templates.encode(self.tokenizer, templates.chat_text(self.tokenizer, turns))
+        return tokenizers.known_ids(self.tokenizer, ids, self.arch.V)
 
     def cut(self, new_M: np.ndarray) -> list[int]:
-        """The generated ids up to and including the first stop token."""
-        ids = new_M.tolist()
-        stop = next((i for i, t in enumerate(ids) if t in self.stop_ids), len(ids))
+        """The generated ids up to and including the first stop token, or MISSING."""
+        ids, ends = new_M.tolist(), (*self.stop_ids, decode.MISSING)
+        stop = next((i for i, t in enumerate(ids) if t in ends), len(ids))
         return ids[: stop + 1]
 
 
@@ -328,6 +344,7 @@ def load(name: str | Source, dtype: Any = None, mesh: jax.sharding.Mesh | None =
         dtype,
         source.eos_ids,
         weights.spelling(source, arch),
+        source.folder,
     )
 
 
@@ -335,36 +352,10 @@ def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:
     """`model` with a PEFT LoRA adapter merged into its weights.
 
     Raises:
-      ValueError: no LoRA adapter, one of a kind that is not computed here, or another base's.
+      ValueError: no LoRA adapter, one with a setting that is not understood, or another base's.
     """
-    flat = traverse_util.flatten_dict(model.params, sep="/")
-    pairs = peft.read_adapter(Path(folder), model.arch, model.sha)
-    for path, layers, change in peft.changes(pairs, model.arch):
-        at = jnp.asarray(layers)
-        merged = flat[path][at].astype(jnp.float32) + change
-        flat[path] = flat[path].at[at].set(merged.astype(flat[path].dtype))
-    return dataclasses.replace(model, params=traverse_util.unflatten_dict(flat, sep="/"))
-
-
-def save_hf(model: Model, folder: str | os.PathLike[str], card: str = "") -> Path:
-    """Writes an ordinary Hugging Face folder that plain `transformers` loads; see `hub.export`."""
-    config = {k: v for k, v in model.config.items() if k != "torch_dtype"}  # old name of dtype
-    # From several hosts all weights must come together; else they are read one by one.
-    params = model.params if jax.process_count() == 1 else meshes.fetch(model.params)
-    card = card or f"# {Path(folder).name}\n\nExported from {model.name} by reptune_jax.\n"
-    generation = {"eos_token_id": list(model.stop_ids) or None, "pad_token_id": model.pad_id}
-    distributed.once(
-        lambda: export.save_folder(
-            folder,
-            {**config, "dtype": model.dtype.name},
-            params,
-            model.tokenizer,
-            generation,
-            card,
-            model.spelling,
-        )
-    )
-    return Path(folder)
+    params = peft.merge(model.params, model.arch, model.sha, Path(folder))
+    return dataclasses.replace(model, params=params)
 
 
 def default_dtype() -> str:
@@ -376,19 +367,6 @@ def default_dtype() -> str:
 def _sharded_cache(where: jax.sharding.NamedSharding) -> Any:
     """Born in its layout: on one device it might not fit."""
     return jax.jit(init_cache, static_argnums=(0, 1, 2, 3), out_shardings=where)
-
-
-def _check_batched(ids: Sequence[Sequence[int]], steer: Any) -> None:
-    for i, row in enumerate(ids):
-        if not row:
-            raise ValueError(
-                f"prompt {i}: got no tokens, expected at least one. Give it some text."
-            )
-    if isinstance(steer, Steer):
-        raise ValueError(
-            "steer: got a Steer, which is bound to the rows and columns of one batch, expected a "
-            "SteeringVector where rows are sorted and padded. Use `forward` or `generate_ids`."
-        )
 
 
 @partial(jax.jit, static_argnames=("decoder", "capture"))

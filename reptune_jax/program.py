@@ -12,9 +12,9 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from reptune_jax import command_line, distributed, lm, mesh
-from reptune_jax import config as configs
+from reptune_jax import command_line, distributed, lm, mesh, ranges
 from reptune_jax.console import say
+from reptune_jax.hub import templates
 from reptune_jax.hub.source import open_source
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
@@ -44,7 +44,7 @@ def main(
     def entry(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; see --help.")
-        c = configs.check(flag.value)
+        c = ranges.check(flag.value)
         start()
         distributed.start(coordinator.value, processes.value, process_id.value, trains)
         run(c, Path(str(workdir.value)))
@@ -83,6 +83,9 @@ def load_model(c: ConfigDict) -> Model:
     check_depth(c, source.arch().N)
     if source.tokenizer is None:
         raise ValueError(f"{c.model}: has no tokenizer, expected a chat model. Add its files.")
+    templates.use(source.tokenizer, templates.parse(c.template_arguments))
+    if unset := templates.unset(source.tokenizer):
+        say(f"chat template: reads {', '.join(unset)}, not set in template_arguments")
     model = lm.load(source, c.dtype or None, where if where.size > 1 else None)
     about = f"{model.arch.family}, {model.dtype}"
     say(f"model: {c.model} ({about}) in {time.monotonic() - began:.1f} s")

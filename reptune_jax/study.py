@@ -20,7 +20,8 @@ from reptune_jax.data import behavior as behaviors
 from reptune_jax.evals import arms, baseline, steering, tuned
 from reptune_jax.evals.bench import prepare
 from reptune_jax.folder import RunName, Study
-from reptune_jax.lm import Model, save_hf
+from reptune_jax.hub.export import save_hf
+from reptune_jax.lm import Model
 from reptune_jax.report import html
 from reptune_jax.report import study as studies
 

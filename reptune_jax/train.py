@@ -52,7 +52,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
 
 def make_job(c: ConfigDict, study: Study, tuned: Run, vector: SteeringVector, model: Model) -> Job:
     """What a run trains on, its vectors saved in its folder."""
-    vector.check_model(model.sha, model.name)
+    extraction.fit(vector, model)
     settings = armed(c)
     further = settings.loss.also
     also = {name: _also(f"loss.also.{name}", further[name].folder, model) for name in further}

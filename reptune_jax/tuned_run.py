@@ -21,6 +21,8 @@ from flax import traverse_util
 from reptune_jax.console import say
 from reptune_jax.folder import Run, RunName
 from reptune_jax.hub import digest
+from reptune_jax.hub.names import table
+from reptune_jax.hub.rounding import Rounding
 from reptune_jax.hub.safetensors_io import TensorHandle
 from reptune_jax.lm import Model
 from reptune_jax.model import lora
@@ -68,6 +70,13 @@ class TunedRun:
         """Paths of the weights that it changes, within a block."""
         return [f"{path}/kernel" for path in self.lora["targets"]] if self.lora else [*self.trained]
 
+    def tensor_names(self, family: str) -> set[str]:
+        """What it changes: our leaves, and the Hugging Face tensors."""
+        first, stop = self.meta["layers"]
+        ours = {f"blocks/{path}" for path in self.kernels}
+        theirs = (table(family)[path].hf for path in ours)
+        return ours | {hf.format(l=l) for hf in theirs for l in range(first, stop)}
+
     def change(self, kernel: str, layers: slice = slice(None)) -> Any:
         """What its adapters add to a kernel in some of the tuned layers, float32 [L, ...]."""
         assert self.lora is not None
@@ -84,35 +93,48 @@ class TunedRun:
         self.check_base(base.sha, base.name, "Load the model it was tuned from.")
         first, stop = self.meta["layers"]
         flat = traverse_util.flatten_dict(base.params, sep="/")
+        rounding = Rounding(base.dtype)
         for path in self.kernels:
             whole = flat[f"blocks/{path}"]
-            if self.lora:
-                tuned = whole[first:stop].astype(jnp.float32) + self.change(path)
-            else:
-                tuned = self.trained[path]
-            flat[f"blocks/{path}"] = whole.at[first:stop].set(tuned.astype(whole.dtype))
+            before = whole[first:stop].astype(jnp.float32)
+            tuned = before + self.change(path) if self.lora else self.trained[path]
+            stored = tuned.astype(whole.dtype)
+            rounding.add(before, tuned - before, stored)
+            flat[f"blocks/{path}"] = whole.at[first:stop].set(stored)
+        rounding.report(self.folder)
         return dataclasses.replace(base, params=traverse_util.unflatten_dict(flat, sep="/"))
 
-    def over_leaves(self, leaves: Mapping[str, TensorHandle]) -> dict[str, TensorHandle]:
-        """The same for weights that are read one leaf at a time; nothing is read yet."""
-        first, stop = self.meta["layers"]
+    def over_leaves(
+        self, leaves: Mapping[str, TensorHandle], dtype: Any, rounding: Rounding
+    ) -> dict[str, TensorHandle]:
+        """The same for weights that are read one leaf at a time, cast to `dtype` after the change.
 
-        def put(leaf: TensorHandle, path: str) -> TensorHandle:
+        Nothing is read yet; `dtype` None keeps each leaf's own.
+        """
+        first, stop = self.meta["layers"]
+        changed = {f"blocks/{path}": path for path in self.kernels}
+
+        def put(name: str, leaf: TensorHandle) -> TensorHandle:
+            to = np.dtype(dtype or leaf.dtype)
+
             def read() -> np.ndarray:
-                out = leaf.read()
-                for l in range(first, stop):
+                whole = leaf.read()
+                out = whole.astype(to, copy=False)
+                for l in range(first, stop) if name in changed else ():
+                    path, before = changed[name], whole[l].astype(np.float32)
                     if self.lora:
-                        change = np.asarray(self.change(path, slice(l - first, l - first + 1))[0])
-                        tuned = out[l].astype(np.float32) + change
+                        one = slice(l - first, l - first + 1)
+                        tuned = before + np.asarray(self.change(path, one)[0])
                     else:
-                        tuned = np.asarray(self.trained[path][l - first])
-                    out[l] = tuned.astype(out.dtype)
+                        tuned = np.asarray(self.trained[path][l - first], np.float32)
+                    stored = tuned.astype(to)
+                    rounding.add(out[l], tuned - before, stored)
+                    out[l] = stored
                 return out
 
-            return TensorHandle(leaf.shape, leaf.dtype, read)
+            return TensorHandle(leaf.shape, to, read)
 
-        changed = {f"blocks/{path}": path for path in self.kernels}
-        return {p: put(leaf, changed[p]) if p in changed else leaf for p, leaf in leaves.items()}
+        return {name: put(name, leaf) for name, leaf in leaves.items()}
 
     def check_leaves(self, name: str, arch: Arch, leaves: Mapping[str, TensorHandle]) -> None:
         """`check_base` for weights that are read one leaf at a time."""

@@ -13,7 +13,7 @@ import pytest
 from absl import app, flags
 
 import reptune_jax as rt
-from reptune_jax import chat, cli, command_line, config, convert, stored_config
+from reptune_jax import chat, cli, command_line, config, convert, ranges, stored_config
 from reptune_jax.folder import Study
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def test_what_a_study_stores_is_its_config_again(tmp_path: Path) -> None:
     c = config.default()
     c.model, c.train.layers, c.train.lr = "model", (3, 5), 1
     c.loss.also.honesty = config.also_behavior("runs/honesty")
-    Study(tmp_path).claim(config.check(c))
+    Study(tmp_path).claim(ranges.check(c))
     c.chat.dose = c.seed = 3  # which are not stored
     again = stored_config.get_config(str(tmp_path))
     again.chat.dose = again.seed = 3

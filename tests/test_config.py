@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from flax import traverse_util
 
-from reptune_jax import config, program, train
+from reptune_jax import config, program, ranges, train
 from tests.support import tiny, tiny_behavior
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +74,7 @@ def test_help_shows_the_docstring_and_the_flags():
 
 def test_only_messages_meant_for_the_user_replace_a_traceback(capsys, monkeypatch):
     with pytest.raises(SystemExit):
-        program.call(lambda: config.check(config.default()))
+        program.call(lambda: ranges.check(config.default()))
     assert capsys.readouterr().err.startswith("error: model: got ''")
     with pytest.raises(SystemExit):
         program.call(lambda: config.default().lock().train.__setattr__("rl", 1))
@@ -87,7 +88,7 @@ def test_only_messages_meant_for_the_user_replace_a_traceback(capsys, monkeypatc
         program.call(lambda: json.loads("{"))
     monkeypatch.setenv("REPTUNE_TRACEBACK", "1")
     with pytest.raises(ValueError):
-        program.call(lambda: config.check(config.default()))
+        program.call(lambda: ranges.check(config.default()))
 
 
 # ---------------------------------------------------------------- values
@@ -103,28 +104,83 @@ def test_only_messages_meant_for_the_user_replace_a_traceback(capsys, monkeypatc
         ({"vector__norm": "l2"}, "vector.norm: got 'l2'"),
         ({"dtype": "float23"}, "dtype: got 'float23'"),
         ({"sign": 0}, "sign: got 0, expected one of 1, -1"),
+        ({"seed": -1}, "seed: got -1, expected 0 or more"),
         ({"train__layers": (5, 5)}, r"train.layers: got \(5, 5\), expected first < stop"),
         ({"train__layers": (5,)}, r"train.layers: got \(5,\)"),
-        ({"loss__layers": (-1, 5)}, r"loss.layers: got \(-1, 5\)"),
-        ({"train__steps": 0}, "train.steps: got 0, expected more than 0"),
+        ({"loss__layers": (-1, 5)}, "loss.layers: got -1, expected 0 or more"),
+        ({"steer__layers": (3, -2)}, "steer.layers: got -2, expected 0 or more"),
+        ({"train__steps": 0}, "train.steps: got 0, expected 1 or more"),
+        ({"train__patience": -1}, "train.patience: got -1, expected 0 or more"),
+        ({"train__clip": -1.0}, "train.clip: got -1.0, expected 0 or more"),
+        ({"train__warmup": -3}, "train.warmup: got -3"),
+        ({"train__val_rows": -1}, "train.val_rows: got -1"),
+        ({"train__b2": 2.0}, "train.b2: got 2.0, expected 0 or more, at most"),
         ({"train__log_every": 0}, "train.log_every: got 0"),
         ({"train__eval_every": -1}, "train.eval_every: got -1"),
-        ({"train__lr": 0.0}, "train.lr: got 0.0"),
+        ({"train__measure_every": 0}, "train.measure_every: got 0"),
+        ({"train__lr": 0.0}, "train.lr: got 0.0, expected more than 0, at most 1"),
+        ({"train__lr": float("nan")}, "train.lr: got nan"),
+        ({"train__lr": float("inf")}, "train.lr: got inf"),
+        ({"train__lora__rank": -4}, "train.lora.rank: got -4"),
         ({"train__accumulate": 3}, "train.accumulate: got 3, expected a divisor of train.batch=8"),
+        ({"train__profile": (5, 2)}, r"train.profile: got \(5, 2\)"),
+        ({"loss__cosine": -1.0}, "loss.cosine: got -1.0, expected 0 or more"),
+        ({"loss__shift": float("nan")}, "loss.shift: got nan"),
+        ({"loss__anneal__token": (1.0, -1.0)}, "loss.anneal.token: got -1.0"),
+        ({"loss__anneal__token": (1.0,)}, r"loss.anneal.token: got \(1.0,\), expected two factors"),
         ({"loss__position": "reponse"}, "loss.position: got 'reponse', expected one of response"),
         ({"vector__position": "7"}, "vector.position: got '7'"),
+        ({"targets__dose": 1e38}, "targets.dose: got 1e[+]38, expected -10000 or more, at most"),
+        ({"targets__max_repeat": 1.5}, "targets.max_repeat: got 1.5"),
+        ({"steer__doses": (1.0, 1e38)}, "steer.doses: got 1e[+]38, expected more than 0"),
+        ({"eval__prompts": -1}, "eval.prompts: got -1, expected 0 or more"),
+        ({"eval__splits": ("test", "trian")}, "eval.splits: got 'trian', expected one of val"),
+        ({"mesh__fsdp": -2}, "mesh.fsdp: got -2, expected -1 or more"),
         ({"study__arms": ("base", "duel")}, "study.arms: got 'duel'"),
+        ({"study__signs": (2,)}, "study.signs: got 2, expected one of 1, -1"),
+        ({"study__signs": ()}, r"study.signs: got \(\), expected some"),
+        ({"study__seeds": (-1,)}, "study.seeds: got -1"),
+        ({"study__seeds": (0, 0)}, r"study.seeds: got \(0, 0\), expected some, each of them once"),
+        ({"template_arguments": "{"}, "template_arguments: got '{'"),
         ({"model": ""}, "model: got ''"),
     ],
 )
 def test_values_are_checked_by_name(changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        config.check(settings(**changes))
+        ranges.check(settings(**changes))
+
+
+def test_values_of_names_that_a_user_chose_are_checked():
+    c = settings()
+    c.train.lr_by_path.mlp = -1e-5
+    with pytest.raises(ValueError, match=r"train.lr_by_path.mlp: got -1e-05, expected 0 or more"):
+        ranges.check(c)
+    c = settings()
+    c.loss.also.other = config.also_behavior("runs/other")
+    assert ranges.check(c) == c
+    c.loss.also.other.batch = 0
+    with pytest.raises(ValueError, match=r"loss.also.other.batch: got 0, expected 1 or more"):
+        ranges.check(c)
+
+
+def test_every_number_has_a_range_and_every_range_a_key():
+    c = config.default()
+    c.loss.also["*"], c.train.lr_by_path["*"] = config.also_behavior(""), 1e-5
+    flat = traverse_util.flatten_dict(c.to_dict(), sep=".")
+    for name in c.loss.anneal:
+        flat["loss.anneal.*"] = flat.pop(f"loss.anneal.{name}")
+    numbers = {
+        key
+        for key, value in flat.items()
+        for one in (value if isinstance(value, tuple) else (value,))
+        if type(one) in (int, float)
+    }
+    assert numbers <= ranges.RANGES.keys() <= flat.keys()
 
 
 def test_a_config_that_is_right_passes_and_is_not_changed():
     c = settings(loss__position="-7")
-    assert config.check(c) == c and config.check(c) is not c
+    assert ranges.check(c) == c and ranges.check(c) is not c
 
 
 def test_arms_differ_by_their_settings_only():

@@ -21,6 +21,7 @@ from reptune_jax.evals import agreement, arms
 from reptune_jax.hub import safetensors_io
 from reptune_jax.hub.safetensors_io import TensorHandle
 from tests.support import hub_models, lora_case, tiny
+from tests.support.folders import rewrite
 
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -94,6 +95,17 @@ def test_large_models_are_read_and_written_in_shards(tmp_path, monkeypatch):
     again = AutoModelForCausalLM.from_pretrained(back)
     for name, weight in hf.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("format", ["hf", "orbax"])
+def test_what_the_type_asked_for_does_not_hold_is_not_written(format, tmp_path):
+    folder, name = make("float32", tmp_path / "in"), "model.layers.1.mlp.down_proj.weight"
+    rewrite(folder, lambda tensors: tensors[name].__imul__(1e7))
+    with pytest.raises(ValueError, match=r"mlp.down.* not finite in float16.*Write bfloat16"):
+        convert.run(str(folder), str(tmp_path / "out"), format, "float16")
+    assert not (tmp_path / "out").exists()
+    convert.run(str(folder), str(tmp_path / "out"), format, "bfloat16")
+    assert np.isfinite(rt.load(str(tmp_path / "out")).forward([[7, 8]]).logits_BxTxV).all()
 
 
 @pytest.mark.parametrize("format", ["hf", "orbax"])

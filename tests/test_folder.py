@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from reptune_jax import config
+from reptune_jax import config, ranges
 from reptune_jax.folder import Run, RunName, Study
 from tests.support import tiny
 
@@ -13,7 +13,7 @@ def settings(**changes):
     c = config.default()
     c.model = "model"
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return config.check(c)
+    return ranges.check(c)
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):

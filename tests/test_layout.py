@@ -22,6 +22,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("mesh",),
     ("model",),
     ("hub",),
+    ("ranges",),  # of values that a config may have
     ("lm",),
     ("data",),
     ("vectors",),

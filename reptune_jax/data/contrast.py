@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from reptune_jax.data.schema import Item, select
-from reptune_jax.hub.tokenizer import chat_text
+from reptune_jax.hub.templates import chat_text
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase

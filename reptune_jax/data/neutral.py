@@ -44,7 +44,7 @@ def prose(model: Model, split: str, limit: int = 0) -> list[NeutralText]:
     """Documents of a split, at most `limit` of them (0 = all)."""
     found = []
     for d in load_neutral("prose", split)[: limit or None]:
-        ids = model.tokenizer.encode(d["text"])
+        ids = model.encode_prompt(d["text"], chat=False)
         n_bytes = len(d["text"].encode())
         found.append(NeutralText(d["id"], "prose", None, ids[:1], ids[1:], n_bytes))
     return found

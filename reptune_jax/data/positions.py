@@ -23,7 +23,8 @@ def span(
     """[start, stop) of a position in a text whose first `prompt_length` tokens are the prompt.
 
     last: its last token. before_answer: the newline before its answer cue. response: all that
-    follows it. all: every token. -k: its k-th token from the end.
+    follows it. all: every token but the first, an attention sink: its residual is a hundred times
+    as long as others, whatever it says. -k: its k-th token from the end.
 
     Raises:
       ValueError: the position is unknown, or is not in this text.
@@ -34,7 +35,9 @@ def span(
             f"prompt_length: got {prompt_length}, expected 1 to {n}, the tokens given."
         )
     if position == "all":
-        return 0, n
+        if n == 1:
+            raise _missing(tokenizer, ids, position, "nothing follows the first token")
+        return 1, n
     if position == "response":
         if prompt_length == n:
             raise _missing(tokenizer, ids, position, "nothing follows the prompt")

@@ -213,6 +213,14 @@ def _object(line: str, where: str) -> dict[str, Any]:
             f"{where}: malformed JSON at column {error.colno}: {error.msg}. "
             "Write one object a line."
         ) from None
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        found = error.object[error.start]
+        raise ValueError(
+            f"{where}: got {found!r}, half of a character, expected whole ones. Write the "
+            "character itself, or both halves."
+        ) from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: got {type(row).__name__}, expected a JSON object.")
     return row

@@ -55,7 +55,7 @@ def batches(model: Model) -> list[Batch]:
         draw = np.random.default_rng(0)
         ids = [draw.integers(0, model.arch.V, _LENGTH).tolist() for _ in TEXTS]
     else:
-        ids = [model.tokenizer.encode(text) for text in TEXTS]
+        ids = [model.encode_prompt(text, chat=False) for text in TEXTS]
     return [pad([row], 0, left=False) for row in ids]
 
 

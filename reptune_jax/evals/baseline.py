@@ -7,6 +7,7 @@ Writes `results/baseline.parquet`; skips it where it is there.
 
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
@@ -43,7 +44,8 @@ def best_prompt(bench: Bench, sign: int) -> Condition:
     prompts = bench.prompts("val")
     if len(conditions) == 1 or not prompts or bench.judged is None:
         return conditions[0]
-    return max(conditions, key=lambda cond: sign * bench.effect(bench.free_rows(cond, prompts)))
+    effects = [sign * bench.effect(bench.free_rows(cond, prompts)) for cond in conditions]
+    return conditions[int(np.argmax(np.nan_to_num(effects, nan=-np.inf)))]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What all conditions of a study are measured with, and all measures of one condition."""
 
+import collections
 import dataclasses
 import functools
 from typing import Any
@@ -12,7 +13,7 @@ from reptune_jax.config import digest
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data.behavior import Behavior
-from reptune_jax.data.schema import Item, one_of
+from reptune_jax.data.schema import Item
 from reptune_jax.evals import claims, generation, measures, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.measures import METRICS
@@ -63,7 +64,9 @@ class Bench:
         rows = [row for split in self.c.eval.splits for row in self.behavior_rows(cond, split)]
         rows += scoring.retention_rows(cond, labels, self.references, batch)
         probes = self.prompts("test")[: self.c.eval.heat_map]
-        return rows + scoring.cosine_rows(cond, labels, self.vector, probes)
+        rows += scoring.cosine_rows(cond, labels, self.vector, probes)
+        say_missing(cond, rows)
+        return rows
 
     def behavior_rows(self, cond: Condition, split: str) -> list[Row]:
         """Free answers with their judge and contrasts; claims and pressure scenarios."""
@@ -77,7 +80,10 @@ class Bench:
         return generation.rows(self.c.eval, cond, self.labels(cond), prompts, self.judged)
 
     def effect(self, rows: list[Row]) -> float:
-        """Mean of what choices on validation are made by: the judge's score, else log-odds."""
+        """Mean of what choices on validation are made by: the judge's score, else log-odds.
+
+        NaN where one of them is missing: the rest would be other items than those of other choices.
+        """
         metric = self.judged or "logodds"
         return float(np.mean([row.value for row in rows if row.metric == metric]))
 
@@ -101,14 +107,21 @@ class Bench:
         ]
 
 
+def say_missing(cond: Condition, rows: list[Row]) -> None:
+    """Counts, by metric, the values of a condition that could not be computed."""
+    of = collections.Counter(row.metric for row in rows)
+    bad = collections.Counter(row.metric for row in rows if np.isnan(row.value))
+    if bad:
+        counts = ", ".join(f"{n} of {of[metric]} {metric}" for metric, n in sorted(bad.items()))
+        say(f"{cond.title}: missing, not finite in {cond.model.dtype}: {counts}")
+
+
 def prepare(c: ConfigDict, study: Study, model: Model | None = None) -> Bench:
     """Loads or makes everything a measurement needs."""
     behavior = behaviors.load(c.behavior)
     formats = {item.format for item in behavior.items} - {"persona"}
     measures.check(behavior.measures, c.study.primary, formats)
-    for split in c.eval.splits:
-        one_of("eval.splits", split, ("val", "test", "ood"))
     base = functools.cache(lambda: model or program.load_model(c))
     vector = extraction.run(c, study, base)
-    vector.check_model(base().sha, base().name)
+    extraction.fit(vector, base())
     return Bench(c, base(), vector)

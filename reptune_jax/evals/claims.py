@@ -13,6 +13,7 @@ from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.contrast import Contrast, claim_prompts, scenario_prompts
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row, sha
+from reptune_jax.hub import templates
 from reptune_jax.hub import tokenizer as tokenizers
 
 
@@ -36,10 +37,10 @@ def score(
     """One row per question."""
     tokenizer, prompts, pairs = cond.model.tokenizer, [], []
     for x in asked:
-        text = tokenizers.chat_text(tokenizer, cond.under_persona(x.messages))
-        prompts.append(tokenizer.encode(text, add_special_tokens=False))
+        text = templates.chat_text(tokenizer, cond.under_persona(x.messages))
+        prompts.append(templates.encode(tokenizer, text))
         pairs.append(tokenizers.free_label_tokens(tokenizer, text, x.pos, x.neg))
-    logp_Ix2 = cond.model.next_logp(prompts, np.array(pairs), cond.steer, batch)
+    logp_Ix2 = cond.model.next_logp(prompts, np.array(pairs), cond.steer, batch, missing=True)
     return [
         Row.of(
             x.item,

@@ -34,8 +34,8 @@ def contrast_rows(
     prompts = [cond.encode(item) for item in items]
     encode = partial(cond.model.tokenizer.encode, add_special_tokens=False)
     ids = [p + encode(a) for p, i in zip(prompts, items, strict=True) for a in (i.pos, i.neg)]
-    starts = [len(p) for p in prompts for _ in range(2)]
-    logp = [value for value, _ in cond.model.score_ids(ids, starts, cond.steer, batch)]
+    asked = [len(p) for p in prompts for _ in range(2)], cond.steer, batch
+    logp = [value for value, _ in cond.model.score_ids(ids, *asked, missing=True)]
     out = []
     for item, prompt, pos, neg in zip(items, prompts, logp[::2], logp[1::2], strict=True):
         found = {"value": pos - neg, "logp_pos": pos, "logp_neg": neg, "prompt_sha": sha(prompt)}
@@ -84,6 +84,7 @@ def retention_rows(
         values = {"nll": nll, "kl": kl / len(answer), "top1": top1 / len(answer)}
         if text.kind == "chats":
             values = {"own_ce": nll / len(answer)} | values
+        whole = np.isfinite([nll, kl]).all()  # a top-1 of NaN would be that of token 0
         out += [
             Row(
                 **labels,
@@ -91,7 +92,7 @@ def retention_rows(
                 item_id=text.id,
                 cluster=text.id,
                 metric=metric,
-                value=value,
+                value=value if whole else np.nan,
                 n_tokens=len(answer),
                 n_bytes=text.n_bytes,
                 prompt_sha=sha(prompt),
@@ -135,7 +136,7 @@ def cosine_rows(
                 item_id=f"mean-of-{len(items)}",
                 cluster="all",
                 metric="cos",
-                value=float(value),
+                value=float(value) if np.isfinite(value) else np.nan,
                 position=str(offset),
                 n_tokens=len(fits),
             )

@@ -7,6 +7,8 @@ Two doses are chosen for each sign: the best one whose KL to the base on neutral
 Writes `results/steering.parquet`; skips it where it is there.
 """
 
+import itertools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from reptune_jax import distributed, program
 from reptune_jax.console import say
 from reptune_jax.data import neutral
 from reptune_jax.evals import arms, scoring
-from reptune_jax.evals.bench import Bench, prepare
+from reptune_jax.evals.bench import Bench, prepare, say_missing
 from reptune_jax.evals.results import Row, write_parquet
 from reptune_jax.folder import RunName, Study
 
@@ -81,6 +83,7 @@ def sweep(bench: Bench, sign: int) -> tuple[list[Cell], list[Row]]:
             say(f"sweeping {cond.title}")
             moved = bench.behavior_rows(cond, "val")
             kept = scoring.retention_rows(cond, bench.labels(cond), known, batch)
+            say_missing(cond, moved + kept)
             kl = float(np.mean([row.value for row in kept if row.metric == "kl"]))
             cells.append(Cell(layer, dose, sign * bench.effect(moved), kl))
             rows += moved + kept
@@ -91,11 +94,18 @@ def choose(cells: list[Cell], budget: float) -> tuple[int, float]:
     """The layer, and the dose at which its KL meets the budget, with the largest effect.
 
     Between swept points the effect is interpolated linearly in the dose, and so is the root of KL,
-    which for small doses grows with their square; from (0, 0 KL).
+    which for small doses grows with their square; from (0, 0 KL). A point with missing values is
+    not chosen, nor is a larger dose.
+
+    Raises:
+      ValueError: every layer's smallest dose has missing values.
     """
     best: tuple[float, int, float] | None = None
     for layer in sorted({cell.layer for cell in cells}):
         own = sorted((c for c in cells if c.layer == layer), key=lambda c: c.dose)
+        own = list(itertools.takewhile(lambda c: math.isfinite(c.effect + c.kl), own))
+        if not own:
+            continue
         doses = np.array([0.0] + [c.dose for c in own])
         kls = np.maximum.accumulate([0.0] + [c.kl for c in own])
         effects = np.array([-np.inf] + [c.effect for c in own])
@@ -106,7 +116,11 @@ def choose(cells: list[Cell], budget: float) -> tuple[int, float]:
         i = len(effect) - 1 - int(np.argmax(effect[::-1]))  # of equals, the largest dose
         if best is None or effect[i] > best[0]:
             best = float(effect[i]), layer, round(float(grid[i]), 3)
-    assert best is not None
+    if best is None:
+        raise ValueError(
+            "steer: got no dose at which every number is finite, expected at least one. Use "
+            "smaller steer.doses, or dtype bfloat16 or float32."
+        )
     return best[1], best[2]
 
 
@@ -123,7 +137,11 @@ def dual_kl(study: Study, sign: int) -> float | None:
     ]
     if not found:
         return None
-    return float(np.mean([np.average(f["value"], weights=f["n_tokens"]) for f in found]))
+    kl = float(np.mean([np.average(f["value"], weights=f["n_tokens"]) for f in found]))
+    if not math.isfinite(kl):
+        say(f"steer {sign:+d}: the KL of the tuned dual runs is not finite; no dose is equal to it")
+        return None
+    return kl
 
 
 if __name__ == "__main__":

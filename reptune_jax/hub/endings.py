@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from reptune_jax.hub.tokenizer import chat_text
+from reptune_jax.hub.templates import chat_text
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase

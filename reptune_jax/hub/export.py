@@ -1,38 +1,42 @@
 """Out again: an ordinary Hugging Face folder that plain `transformers` loads, with a model card."""
 
 import contextlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reptune_jax.hub import safetensors_io, weights
+import jax
+
+from reptune_jax import distributed
+from reptune_jax import mesh as meshes
+from reptune_jax.hub import safetensors_io, side_files, weights
 
 
-def save_folder(
-    folder: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    params: Mapping[str, Any],
-    tokenizer: Any,
-    generation: Mapping[str, Any],
-    card: str,
-    spelling: weights.Spelling = weights.AS_TABLED,
-) -> Path:
-    """Writes config.json, safetensors, tokenizer and README.md (the model card); all or nothing.
+def save_hf(model: Any, folder: str | os.PathLike[str], card: str = "") -> Path:
+    """Writes an `lm.Model` as an ordinary Hugging Face folder that plain `transformers` loads.
+
+    The files of the folder that it was loaded from go with it; README.md is `card`. All or nothing.
 
     Raises:
       ValueError: the folder is there and not empty, or a file.
     """
-    with all_or_nothing(folder) as scratch:
-        write_json(scratch / "config.json", config)
-        write_json(scratch / "generation_config.json", generation)
-        tensors = weights.to_hf(params, config["model_type"], spelling)
-        safetensors_io.save_tensors(scratch, tensors)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(card, encoding="utf-8")
+    # From several hosts all weights must come together; else they are read one by one.
+    params = model.params if jax.process_count() == 1 else meshes.fetch(model.params)
+    origin = side_files.public_name(model.name)
+    card = card or f"# {Path(folder).name}\n\nExported from {origin} by reptune_jax.\n"
+    generation = {"eos_token_id": list(model.stop_ids) or None, "pad_token_id": model.pad_id}
+
+    def write() -> None:
+        with all_or_nothing(folder) as scratch:
+            given = model.files, model.config, model.dtype.name, model.tokenizer, generation
+            side_files.write(scratch, *given)
+            tensors = weights.to_hf(params, model.config["model_type"], model.spelling)
+            safetensors_io.save_tensors(scratch, tensors)
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+
+    distributed.once(write)
     return Path(folder)
 
 
@@ -62,8 +66,3 @@ def all_or_nothing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """As transformers writes its configs."""
-    path.write_text(json.dumps(value, indent=2) + "\n")

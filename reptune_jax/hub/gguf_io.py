@@ -4,7 +4,6 @@ Layouts: a GGUF tensor is stored (out, in), as HF's; llama-architecture q and k 
 llama.cpp's rotary order and are put back; gemma3's norms have the 1 added that HF adds on the fly.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +14,9 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from reptune_jax.console import note
 from reptune_jax.hub.gguf_header import Header, TensorInfo, read_header
 from reptune_jax.hub.safetensors_io import TensorHandle
-
-_log = logging.getLogger(__name__)
 
 # GGUF architecture -> (HF model_type, class)
 _FAMILIES = {
@@ -272,7 +270,7 @@ def _need(path: Path, meta: Mapping[str, Any], key: str) -> Any:
 def _rope(path: Path, arch: str, header: Header, head_dim: int) -> dict[str, Any]:
     meta = header.metadata
     if f"{arch}.rope.freq_base" not in meta:
-        _log.warning("%s: no %s.rope.freq_base; GGUF defines 10000 for that", path, arch)
+        note(f"{path}: {arch}.rope.freq_base: not in the file; taking 10000, as GGUF defines.")
     theta = float(meta.get(f"{arch}.rope.freq_base", 10000.0))
     kind = meta.get(f"{arch}.rope.scaling.type", "none")
     factor = float(

@@ -4,6 +4,7 @@ A row names a tensor; rows that name the same one are its parts, in the table's 
 a family does not have is not looked up, so that families share rows.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 
@@ -119,6 +120,48 @@ _OTHERS = {
 }
 
 
+HEADS = ("lm_head.weight", "embed_out.weight")  # GPT-NeoX's output embedding has either name
+
+
 def table(family: str) -> Table:
     """The names of a family's weights."""
     return _OTHERS.get(family, TABLE)
+
+
+# What wrappers of a model put before or within the names of its tensors -> whose it is, what to do.
+_MERGE = "PEFT's. Merge the adapter first (merge_and_unload, then save_pretrained)"
+_WRAPPERS = {
+    "base_model.model.": _MERGE,
+    ".base_layer": _MERGE,
+    "_fsdp_wrapped_module.": "FSDP's. Save the model's full state dict",
+    "_checkpoint_wrapped_module.": "checkpointing's. Save the module inside",
+    "_orig_mod.": "torch.compile's. Save the module inside (model._orig_mod)",
+    "language_model.": "of a model that also reads images. Save its language model alone",
+    "module.": "DataParallel's. Save the module inside (model.module)",
+}
+
+
+def wrapper(found: Collection[str], expected: Collection[str]) -> str:
+    """What every name of a checkpoint has too much, in one line; "" where that is not it."""
+    bodies = set(expected) - set(HEADS)
+    bodies |= {name.partition(".")[2] for name in bodies}  # and without the model's own prefix
+    firsts = {name.partition(".")[0] for name in found}
+    common = [f"{firsts.pop()}."] if len(firsts) == 1 else []
+    for part in (*_WRAPPERS, *common):
+        having = [name for name in found if part in name]
+        if not having:
+            continue
+        begin = f"{len(having)} of {len(found)} tensors have {part!r} in their names, such as "
+        begin += f"{min(having)}: "
+        if _WRAPPERS.get(part) == _MERGE:
+            return begin + _MERGE
+        if bodies & {name.replace(part, "") for name in having} and not bodies & set(found):
+            whose = _WRAPPERS.get(part, "a wrapper's. Save the model inside")
+            return f"{begin}{whose}, or take it out of the names"
+    return ""
+
+
+def prefix_and_embedding(names: Table) -> tuple[str, str]:
+    """("transformer.", "wte.weight"): the prefix that bare checkpoints lack, the embedding."""
+    prefix, _, embed = names["embed/embedding"].hf.partition(".")
+    return f"{prefix}.", embed

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from reptune_jax.hub.names import Spelling
-from reptune_jax.hub.safetensors_io import TensorHandle
+from reptune_jax.hub.safetensors_io import TensorHandle, check_written
 
 INDEX = "orbax_model.json"  # shape, type and checksum of every leaf
 _FORMAT = "reptune_jax.orbax.1"
@@ -39,6 +39,7 @@ def write_leaves(
     index = {}
     for path, handle in leaves.items():
         leaf = handle.read()
+        check_written(path, leaf)
         for k, (start, stop) in enumerate(_pieces(leaf.shape, leaf.dtype)):
             _save(folder / "params" / _name(path) / str(k), leaf[start:stop])
         index[path] = {"shape": leaf.shape, "dtype": leaf.dtype.name, "crc32": _checksum(leaf)}

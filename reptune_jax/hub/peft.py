@@ -4,38 +4,28 @@ Ours are stacked over layers and shaped as their kernels; PEFT has a pair of mat
 module, lora_A [R, in] and lora_B [out, R], under the module's name in the base model.
 """
 
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from flax import traverse_util
 
-from reptune_jax.hub.export import all_or_nothing, write_json
+from reptune_jax.hub.export import all_or_nothing
 from reptune_jax.hub.names import HFName, table
-from reptune_jax.hub.safetensors_io import read_file
-from reptune_jax.hub.weights import abstract_params, matrix_shape
+from reptune_jax.hub.peft_config import CONFIG, AdapterConfig, read_config
+from reptune_jax.hub.rounding import Rounding
+from reptune_jax.hub.safetensors_io import check_written, read_file, save_file
+from reptune_jax.hub.side_files import write_json
+from reptune_jax.hub.weights import abstract_params, matrix_shape, output_parts
 from reptune_jax.model import lora
 from reptune_jax.model.arch import Arch
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
-# settings that change the arithmetic in a way not computed here -> the values that do not
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (False, None, True),  # how the base stores its weight: no matter here
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "megatron_config": (None,),
-}
 
 
 class Module(NamedTuple):
@@ -76,9 +66,11 @@ def save_adapter(
     first, stop = about["layers"]
     name, sha = base
     tensors = dict(_tensors(arch, trained, about["targets"], first))
+    for module, array in tensors.items():
+        check_written(module, array)
     conv1d = any(_row(arch, path).conv1d for path in about["targets"])
     with all_or_nothing(folder) as scratch:
-        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "base_sha": sha})
+        save_file(tensors, scratch / WEIGHTS, {"format": "pt", "base_sha": sha})
         (scratch / "README.md").write_text(card, encoding="utf-8")
         config = {
             "peft_type": "LORA",
@@ -135,13 +127,33 @@ def _module_name(arch: Arch, module: Module) -> str:
 # ---------------------------------------------------------------- in
 
 
+def merge(params: Mapping[str, Any], arch: Arch, base_sha: str, folder: Path) -> dict[str, Any]:
+    """The weights with an adapter folder's update added, in their own type.
+
+    Raises:
+      ValueError: as `read_adapter`.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    rounding = Rounding(flat["embed/embedding"].dtype)
+    for path, layers, change in changes(read_adapter(folder, arch, base_sha), arch):
+        at = jnp.asarray(layers)
+        before = flat[path][at]
+        stored = (before.astype(jnp.float32) + change).astype(before.dtype)
+        rounding.add(before, change, stored)
+        flat[path] = flat[path].at[at].set(stored)
+    rounding.report(folder)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def read_adapter(folder: Path, arch: Arch, base_sha: str) -> dict[Module, Factors]:
     """The pairs of an adapter folder, by our projection and layer.
 
+    What the base fuses into one module is split by the rows of its table of names.
+
     Raises:
-      ValueError: no LoRA adapter, one of a kind that is not computed here, or another base's.
+      ValueError: no LoRA adapter, one with a setting that is not understood, or another base's.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     path = folder / WEIGHTS
     if not path.exists():
         raise ValueError(
@@ -151,91 +163,85 @@ def read_adapter(folder: Path, arch: Arch, base_sha: str) -> dict[Module, Factor
     tensors, metadata = read_file(path)
     if (made_for := metadata.get("base_sha", base_sha)) != base_sha:
         raise ValueError(
-            f"{folder}: made for {config.get('base_model_name_or_path')} ({made_for}), got base "
+            f"{folder}: made for {config.base} ({made_for}), got base "
             f"({base_sha}), expected the same. Load the model it was made for."
         )
-    known = {
-        _module_name(arch, module): module
-        for module in (Module(p, l) for p in _projections(arch) for l in range(arch.N))
-    }
-    matrices: dict[Module, dict[str, np.ndarray]] = {}
+    known = _modules(arch)
+    matrices: dict[str, dict[str, np.ndarray]] = {}
     for name, handle in tensors.items():
         module, which = _place(folder, name, known, config)
         matrices.setdefault(module, {})[which] = handle.read().astype(np.float32)
-    pairs = {
-        module: _pair(folder, module, found, config, arch) for module, found in matrices.items()
-    }
-    if not pairs:
+    if not matrices:
         raise ValueError(f"{folder}: holds no LoRA weights, expected lora_A and lora_B.")
+    pairs: dict[Module, Factors] = {}
+    for name, found in matrices.items():
+        pairs |= _pairs(folder, name, known[name], found, config, arch)
     return pairs
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.exists():
-        raise ValueError(f"{folder}: has no {CONFIG}, expected a PEFT adapter folder.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}). Download it again.") from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{path}: got peft_type {config.get('peft_type')!r}, expected 'LORA'. "
-            "Merge it into its base with peft, and load that."
-        )
-    for key, harmless in _REFUSED.items():
-        if (got := config.get(key)) not in harmless:
-            raise ValueError(
-                f"{path}: got {key} {got!r}, expected {harmless[0]!r}. "
-                "Merge it into its base with peft (merge_and_unload), and load that."
-            )
-    return config
+def _modules(arch: Arch) -> dict[str, list[Module]]:
+    """Name of every module -> the projections of ours that are in it, in its order."""
+    ours = [f"blocks/{path}/kernel" for path in lora.input_axes(arch)]
+    out: dict[str, list[Module]] = {}
+    for layer in range(arch.N):
+        for leaf in (path for path in table(arch.family) if path in ours):
+            path = leaf.removeprefix("blocks/").removesuffix("/kernel")
+            module = Module(path, layer)
+            out.setdefault(_module_name(arch, module), []).append(module)
+    return out
 
 
 def _place(
-    folder: Path, name: str, known: Mapping[str, Module], config: Mapping[str, Any]
-) -> tuple[Module, str]:
-    """Which module, and which of its matrices, a tensor is."""
+    folder: Path, name: str, known: Mapping[str, Sequence[Module]], config: AdapterConfig
+) -> tuple[str, str]:
+    """Which module's, and which of its matrices, a tensor is."""
     match = _TENSOR.fullmatch(name)
-    if match and match[1] in known:
-        return known[match[1]], match[2]
-    raise ValueError(
-        f"{folder}: got {name}, which is no LoRA weight of this base's layers; the adapter says it "
-        f"is for {config.get('base_model_name_or_path')}. Expected modules such as "
-        f"{', '.join(list(known)[:2])}. Load the model it was made for."
-    )
+    if not match or match[1] not in known:
+        raise ValueError(
+            f"{folder}: got {name}, which is no LoRA weight of this base's layers; the adapter "
+            f"says it is for {config.base}. Expected modules such as {', '.join(list(known)[:2])}. "
+            "Load the model it was made for."
+        )
+    if not config.adapts(match[1], known[match[1]][0].layer):
+        raise ValueError(
+            f"{folder}: {WEIGHTS} holds {name}, but by target_modules, exclude_modules and "
+            f"layers_to_transform of {CONFIG} that module has none: peft would pass over it. "
+            "Correct the config."
+        )
+    return match[1], match[2]
 
 
-def _pair(
+def _pairs(
     folder: Path,
-    module: Module,
+    name: str,
+    modules: Sequence[Module],
     found: Mapping[str, np.ndarray],
-    config: Mapping[str, Any],
+    config: AdapterConfig,
     arch: Arch,
-) -> Factors:
-    name = _module_name(arch, module)
+) -> dict[Module, Factors]:
     if missing := {"A", "B"} - found.keys():
         raise ValueError(f"{folder}: {name} lacks lora_{missing.pop()}. Download it again.")
     a, b = found["A"], found["B"]
-    leaf = f"blocks/{module.path}/kernel"
-    out, inputs = matrix_shape(arch.family, leaf, abstract_params(arch)[leaf].shape[1:])
-    rank = _of_module(config.get("rank_pattern"), name, config["r"])
+    leaves = [f"blocks/{module.path}/kernel" for module in modules]
+    shapes = {leaf: abstract_params(arch)[leaf].shape[1:] for leaf in leaves}
+    sizes = [matrix_shape(arch.family, leaf, shape) for leaf, shape in shapes.items()]
+    out, inputs = sum(outs for outs, _ in sizes), sizes[0][1]
+    rank = config.rank_of(name)
     if a.shape != (rank, inputs) or b.shape != (out, rank):
         raise ValueError(
             f"{folder}: {name} got lora_A {list(a.shape)} and lora_B {list(b.shape)}, expected "
-            f"[{rank}, {inputs}] and [{out}, {rank}]; the adapter says it is for "
-            f"{config.get('base_model_name_or_path')}. Load the model it was made for."
+            f"[{rank}, {inputs}] and [{out}, {rank}]; the adapter says it is for {config.base}. "
+            "Load the model it was made for."
         )
-    alpha = _of_module(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-    return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _of_module(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's way to give some modules a rank or alpha of their own."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    if broken := [
+        f"lora_{which}" for which, array in found.items() if not np.isfinite(array).all()
+    ]:
+        raise ValueError(
+            f"{folder}: {name} has NaN or infinite weights in {broken[0]}. Use another."
+        )
+    parts = output_parts(arch.family, shapes, b)
+    scale = config.scale_of(name)
+    return {m: Factors(a, part, scale) for m, part in zip(modules, parts, strict=True)}
 
 
 def changes(

@@ -11,11 +11,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import numpy as safetensors_numpy
 from tqdm import tqdm
+
+from reptune_jax.console import note
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SHARDS = "model-*-of-*.safetensors"
 MAX_SHARD_BYTES = 5e9
 
 _DTYPES = {
@@ -48,14 +51,24 @@ class TensorHandle:
 def read_tensors(folder: Path) -> dict[str, TensorHandle]:
     """Name -> handle of every tensor in an HF folder; reads headers only.
 
+    `model.safetensors` comes before an index that does not name it, as in transformers. A tensor
+    comes from the file that the index names, whatever other files hold.
+
     Raises:
       ValueError: no safetensors, a shard missing, outside the folder, truncated or foreign.
     """
-    if (folder / INDEX).exists():
-        return _read_sharded(folder)
+    weight_map = _weight_map(folder) if (folder / INDEX).exists() else {}
+    if (folder / SINGLE).exists() and SINGLE not in weight_map.values():
+        if weight_map or (stale := sorted(p.name for p in folder.glob(_SHARDS))):
+            other = INDEX if weight_map else stale[0]
+            note(
+                f"{folder}: holds {SINGLE} and {other}, two sources of the weights; reading "
+                f"{SINGLE}, as transformers does. Delete the one that is old."
+            )
+        return read_file(folder / SINGLE)[0]
+    if weight_map:
+        return _read_sharded(folder, weight_map)
     files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
-    if (folder / SINGLE) in files:
-        files = [folder / SINGLE]
     if not files:
         raise ValueError(f"{folder}: found no *.safetensors weights, {_instead(folder)}")
     tensors: dict[str, TensorHandle] = {}
@@ -82,29 +95,54 @@ def _instead(folder: Path) -> str:
     return "expected model.safetensors or shards with an index. Download the weights too."
 
 
-def _read_sharded(folder: Path) -> dict[str, TensorHandle]:
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Name -> file, as the index says; every file is one of the folder's own."""
     try:
         weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / INDEX}: no readable weight_map ({error!r}). Download it again."
         ) from None
-    tensors: dict[str, TensorHandle] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in shards:
         if Path(shard).name != shard or "\\" in shard or shard == "..":
             raise ValueError(
                 f"{folder / INDEX}: got shard {shard!r}, expected a file name inside the folder. "
                 "Do not trust this checkpoint."
             )
+    return weight_map
+
+
+def _read_sharded(folder: Path, weight_map: Mapping[str, str]) -> dict[str, TensorHandle]:
+    shards: dict[str, dict[str, TensorHandle]] = {}
+    for shard in sorted(set(weight_map.values())):
         if not (folder / shard).exists():
             raise ValueError(f"{folder / INDEX}: names {shard}, which is missing. Download it.")
-        tensors.update(read_file(folder / shard)[0])
-    if absent := sorted(weight_map.keys() - tensors.keys()):
+        shards[shard] = read_file(folder / shard)[0]
+    holders: dict[str, list[str]] = {}
+    for shard, found in shards.items():
+        for name in found:
+            holders.setdefault(name, []).append(shard)
+    wrong = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
+    if wrong:
+        elsewhere = f" but in {holders[wrong[0]][0]}" if wrong[0] in holders else ""
         raise ValueError(
-            f"{folder / INDEX}: {absent[0]} is not in {weight_map[absent[0]]} ({len(absent)} "
-            "such). Index and shards belong to different models."
+            f"{folder / INDEX}: {wrong[0]} is not in {weight_map[wrong[0]]}{elsewhere} "
+            f"({len(wrong)} such). Index and shards belong to different models."
         )
-    return {name: tensors[name] for name in weight_map}
+    twice = sorted(name for name in weight_map if len(holders[name]) > 1)
+    if twice:
+        name, others = twice[0], [s for s in holders[twice[0]] if s != weight_map[twice[0]]]
+        note(
+            f"{folder}: {name} is in {weight_map[name]} and in {', '.join(others)} "
+            f"({len(twice)} such tensors); reading that in {weight_map[name]}, which {INDEX} names."
+        )
+    if unnamed := sorted(holders.keys() - weight_map.keys()):
+        note(
+            f"{folder}: {unnamed[0]} is in {holders[unnamed[0]][0]} ({len(unnamed)} such tensors), "
+            f"but {INDEX} does not name it; leaving it out."
+        )
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def read_file(path: Path) -> tuple[dict[str, TensorHandle], dict[str, str]]:
@@ -157,6 +195,31 @@ def _handle(path: Path, name: str, entry: Mapping[str, Any], base: int) -> Tenso
     return TensorHandle(shape, dtype, read)
 
 
+def finite(tensor: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite."""
+    if tensor.dtype == ml_dtypes.bfloat16:  # numpy has no fast way: look at the exponent's bits
+        return not bool(((tensor.view(np.uint16) & 0x7F80) == 0x7F80).any())
+    return not np.issubdtype(tensor.dtype, np.floating) or bool(np.isfinite(tensor).all())
+
+
+def check_written(name: str, array: np.ndarray) -> None:
+    """Raises ValueError for what a reader would refuse, such as numbers beyond float16's 65,504."""
+    if not finite(array):
+        raise ValueError(
+            f"{name}: got numbers that are not finite in {array.dtype.name}, expected finite ones: "
+            "nobody could load them. Write bfloat16 or float32 where float16 is too small for "
+            "them; else the model is damaged, or its training diverged."
+        )
+
+
+def save_file(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """A file of a mode that follows the umask: the library's own is for its user alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors_numpy.save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
+
+
 def save_tensors(
     folder: Path | str,
     tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
@@ -178,7 +241,7 @@ def save_tensors(
             _shards(pairs, max_shard_bytes), desc="writing weights", delay=2, leave=False
         ):
             temporary.append(folder / f".tmp-{os.getpid()}-{len(temporary):05d}.safetensors")
-            save_file(shard, temporary[-1], metadata={"format": "pt"})
+            save_file(shard, temporary[-1], {"format": "pt"})
             names.append(list(shard))
             total += sum(array.nbytes for array in shard.values())
         _reject_duplicates(names)
@@ -210,6 +273,7 @@ def stream_tensors(
                 name, array = next(source)
                 assert (name, array.shape) == (expected, specs[name].shape), (name, expected)
                 assert array.dtype == specs[name].dtype, (name, array.dtype)
+                check_written(name, array)
                 np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
                 progress(array.nbytes)
                 del array  # it may be a view of a leaf, and the next one may be read next
@@ -253,6 +317,7 @@ def _shards(
     for name, tensor in pairs:
         # a transposed view would be written in memory order, not in its own
         array = np.ascontiguousarray(tensor).reshape(np.shape(tensor))
+        check_written(name, array)
         if shard and size + array.nbytes > limit:
             yield shard
             shard, size = {}, 0
@@ -286,7 +351,7 @@ def _publish(folder: Path, temporary: list[Path], names: list[list[str]], total:
         sibling.write_text(json.dumps(index, indent=2) + "\n")
         os.replace(sibling, folder / INDEX)
         written.append(folder / INDEX)
-    for stale in {folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")}:
+    for stale in {folder / INDEX, folder / SINGLE, *folder.glob(_SHARDS)}:
         if stale not in written:
             stale.unlink(missing_ok=True)
     return written

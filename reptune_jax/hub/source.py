@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reptune_jax.hub import endings, orbax_io
+from reptune_jax.hub import endings, orbax_io, side_files
 from reptune_jax.hub.gguf_io import read_gguf
 from reptune_jax.hub.names import Spelling
 from reptune_jax.hub.safetensors_io import TensorHandle, read_tensors
-from reptune_jax.hub.tokenizer import check_vocabulary, gguf_tokenizer
+from reptune_jax.hub.settle import settled
+from reptune_jax.hub.tokenizer import check_vocabulary, follow_file, gguf_tokenizer
 from reptune_jax.model import families
 from reptune_jax.model.arch import Arch
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_DOWNLOAD = ["config.json", "generation_config.json", "*tokenizer*", "*token*.json", "vocab.json"]
-_DOWNLOAD += ["merges.txt", "chat_template*", "*.safetensors", "*.safetensors.index.json"]
+_DOWNLOAD = [*side_files.PATTERNS, "*.safetensors", "*.safetensors.index.json"]
 _SKIP = ["original/*", "consolidated*", "onnx/*", "*/*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -84,11 +84,11 @@ def _open_file(name: str, path: Path) -> Source:
             f"model: got the file {name!r}, expected its folder. Name {str(path.parent)!r}."
         )
     gguf = read_gguf(path)
+    config, tensors = settled(name, gguf.config, gguf.tensors)
     tokenizer = gguf_tokenizer(gguf.metadata)
-    check_vocabulary(tokenizer, gguf.config["vocab_size"])
-    vocab_size = gguf.config["vocab_size"]
-    ends = endings.stop_ids(tokenizer, endings.gguf_ends(gguf.metadata), vocab_size)
-    return Source(name, gguf.config, gguf.tensors, tokenizer, None, ends)
+    check_vocabulary(tokenizer, config["vocab_size"])
+    ends = endings.stop_ids(tokenizer, endings.gguf_ends(gguf.metadata), config["vocab_size"])
+    return Source(name, config, tensors, tokenizer, None, ends)
 
 
 def _open_folder(name: str, folder: Path) -> Source:
@@ -99,8 +99,18 @@ def _open_folder(name: str, folder: Path) -> Source:
             f"{name}: is quantized ({method}), expected plain weights. "
             "Use the unquantized model, or a GGUF file."
         )
-    leaves, spelling = orbax_io.read_leaves(folder) if orbax_io.is_model(folder) else (None, None)
-    tensors = read_tensors(folder) if leaves is None else {}
+    leaves, spelling = None, None
+    tensors: Mapping[str, TensorHandle] = {}
+    if orbax_io.is_model(folder):
+        if foreign := next(folder.glob("model*.safetensors"), None):
+            raise ValueError(
+                f"{folder}: holds {orbax_io.INDEX} and {foreign.name}, two sources of the weights, "
+                "expected one. Delete the one that is old."
+            )
+        leaves, spelling = orbax_io.read_leaves(folder)
+    else:
+        tensors = read_tensors(folder)
+    config, tensors = settled(name, config, tensors)
     tokenizer = _tokenizer(folder)
     if tokenizer is not None and "vocab_size" in config:
         check_vocabulary(tokenizer, config["vocab_size"])
@@ -151,6 +161,8 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: got a slow tokenizer, expected a tokenizer.json. Convert it.")
+    if (folder / "tokenizer.json").exists():
+        follow_file(tokenizer, folder)
     return tokenizer
 
 

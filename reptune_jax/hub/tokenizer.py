@@ -1,8 +1,9 @@
-"""Tokenizers: built from GGUF metadata, chat texts, first tokens of verdicts."""
+"""Tokenizers: built from GGUF metadata, first tokens of verdicts."""
 
-import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import (
@@ -15,6 +16,9 @@ from tokenizers import (
     processors,
 )
 from tokenizers.models import BPE
+
+from reptune_jax.console import note
+from reptune_jax.hub.templates import encode
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -164,48 +168,71 @@ def _added(tokens: Sequence[str], kinds: Sequence[int], kind: int) -> list[Added
     ]
 
 
+def follow_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Gives a loaded tokenizer all that the folder's tokenizer.json says, and no more.
+
+    transformers 5 makes normalizer, pre-tokenizer and further tokens anew from the class that
+    tokenizer_config.json names, and then encodes otherwise than the model was trained to read.
+    Tokens that the other files name (a padding token) are added under the next ids.
+    """
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.no_padding()
+    core.no_truncation()
+    files = (folder / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map"))
+    named = "".join(path.read_text(encoding="utf-8") for path in files if path.exists())
+    there = {token.content for token in core.get_added_tokens_decoder().values()}
+    for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+        text = token.content
+        quoted = (json.dumps(text), json.dumps(text, ensure_ascii=False))
+        known = core.token_to_id(text) is not None or any(q in named for q in quoted)
+        if text not in there and known:
+            (core.add_special_tokens if token.special else core.add_tokens)([token])
+    tokenizer._tokenizer = core
+    for name, text in tokenizer.special_tokens_map.items():
+        if isinstance(text, str) and core.token_to_id(text) is None:
+            setattr(tokenizer, name, None)  # the class's own, such as <mask>
+
+
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
-    """Refuses a tokenizer whose ids the embedding does not have (a lookup would clamp silently)."""
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if highest >= vocab_size:
+    """Refuses a tokenizer whose ids the embedding does not have (a lookup would clamp silently).
+
+    Added tokens beyond it are allowed, as no text makes them but their own name: Gemma 3's text
+    models have one for images, many fine-tunes one for padding. `known_ids` refuses them when met.
+    """
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    if not beyond:
+        return
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    ordinary = {t: i for t, i in beyond.items() if t not in tokenizer.get_added_vocab()}
+    if wrong := ordinary or {t: i for t, i in beyond.items() if t in (begin, end)}:
+        token, highest = max(wrong.items(), key=lambda item: item[1])
         raise ValueError(
             f"tokenizer: got id {highest} ({token!r}), expected ids below the model's vocabulary "
             f"of {vocab_size}. The tokenizer belongs to another model, or tokens were added "
             "without resizing the embedding."
         )
+    names = sorted(beyond, key=beyond.__getitem__)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    note(
+        f"{tokenizer.name_or_path or 'tokenizer'}: {', '.join(names[:3])}{more} (added, ids from "
+        f"{beyond[names[0]]}) lie beyond the model's vocabulary of {vocab_size}; text that holds "
+        "one is refused."
+    )
 
 
-def chat_text(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[Mapping[str, str]],
-    add_generation_prompt: bool = True,
-) -> str:
-    """Renders messages with the model's own template, special tokens included.
+def known_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], vocab_size: int) -> list[int]:
+    """The ids of a text.
 
-    Tokenize the result with `add_special_tokens=False`.
+    Raises:
+      ValueError: one that the embedding does not have; names its token.
     """
-    import jinja2
-
-    if not tokenizer.chat_template:
+    if beyond := [i for i in ids if i >= vocab_size]:
         raise ValueError(
-            "chat_template: the tokenizer has none, expected one for chat messages. "
-            "Use an instruct model, or give raw text."
+            f"text: got {tokenizer.convert_ids_to_tokens(beyond[0])!r} (id {beyond[0]}), expected "
+            f"tokens of the model's vocabulary of {vocab_size}: this one was added to the "
+            "tokenizer alone. Leave it out of the text, or use a model that has it."
         )
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except jinja2.TemplateError as error:
-        roles = [m.get("role") for m in messages]
-        raise ValueError(
-            f"messages: the model's chat template refuses roles {roles}: {error}"
-        ) from None
-    return str(text)
-
-
-def template_sha(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Identifies the chat template a vector was read under."""
-    return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()[:12]
+    return ids
 
 
 def free_label_tokens(
@@ -228,8 +255,7 @@ def free_label_tokens(
 
 
 def _first_token(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str) -> int:
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    joint = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    before, joint = encode(tokenizer, prompt), encode(tokenizer, prompt + answer)
     if joint[: len(before)] != before or len(joint) == len(before):
         raise ValueError(
             f"verdict: {answer!r} is not tokenized apart from the prompt ending {prompt[-30:]!r}. "

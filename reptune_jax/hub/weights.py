@@ -4,7 +4,7 @@ Layers are stacked on a leading axis. A Hugging Face linear weight is [out, in];
 [in..., out...], so a leaf is the transpose with the head axes split. Families that fuse
 projections have one tensor for several of our leaves.
 
-Read but not kept, as nothing computes with them: the buffers of _IGNORED. A head that a tied
+Read but not kept, as nothing computes with them: the buffers of IGNORED. A head that a tied
 checkpoint has written out again goes out as it came in, as a copy of the embedding.
 """
 
@@ -15,23 +15,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
-from reptune_jax.hub.names import AS_TABLED, HFName, Spelling, Table, table
+from reptune_jax.hub.names import (
+    AS_TABLED,
+    HEADS,
+    HFName,
+    Spelling,
+    Table,
+    prefix_and_embedding,
+    table,
+    wrapper,
+)
 from reptune_jax.hub.names import TABLE as TABLE  # llama's, for those who know what they have
-from reptune_jax.hub.safetensors_io import TensorHandle
+from reptune_jax.hub.safetensors_io import TensorHandle, finite
 from reptune_jax.hub.source import Source
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.transformer import whole
 
 # buffers that old checkpoints carry and nobody reads
-_IGNORED = re.compile(
+IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$|\.attention\.bias$|\.rope_freqs$"
 )
-_HEADS = ("lm_head.weight", "embed_out.weight")  # GPT-NeoX's output embedding has either name
 
 
 @functools.lru_cache
@@ -46,8 +53,8 @@ def spelling(source: Source, arch: Arch) -> Spelling:
     """How `source` names what `arch` has."""
     if source.spelling is not None:
         return source.spelling
-    prefix, embed = _prefix(table(arch.family))
-    head = next((name for name in _HEADS if name in source.tensors), "")
+    prefix, embed = prefix_and_embedding(table(arch.family))
+    head = next((name for name in HEADS if name in source.tensors), "")
     return Spelling(
         bare=prefix + embed not in source.tensors and embed in source.tensors, head=head
     )
@@ -67,15 +74,20 @@ def load_params(source: Source, arch: Arch, dtype: Any) -> dict[str, Any]:
     names, shapes = _names(arch.family, spelling(source, arch)), abstract_params(arch)
     _check(source, arch, names, shapes)
     flat = {path: np.empty(leaf.shape, dtype) for path, leaf in shapes.items()}
-    broken = []
+    broken, large = [], []
     tensors = list(_tensors(flat, names))
     for name, parts in tqdm(tensors, desc="loading weights", delay=2, leave=False):
         tensor = source.tensors[name].read()
-        if not _finite(tensor):
+        if not finite(tensor):
             broken.append(name)
-        _split(tensor, parts)
+        with np.errstate(over="ignore"):  # what overflows is named below
+            _split(tensor, parts)
+        if dtype == np.float16 and not all(finite(leaf) for leaf, _ in parts):
+            large.append(name)
     if broken:
         raise _not_finite(source, broken)
+    if large:
+        raise _too_large(source, large)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -89,7 +101,7 @@ def leaves(source: Source, arch: Arch, dtype: Any = None) -> dict[str, TensorHan
     shapes = abstract_params(arch)
     if source.leaves is not None:
         _check_leaves(source, shapes)
-        return {path: _cast(source.leaves[path], dtype) for path in shapes}
+        return {path: _cast(source, path, dtype) for path in shapes}
     names = _names(arch.family, spelling(source, arch))
     _check(source, arch, names, shapes)
     return {path: _stacked(source, path, names, shapes, dtype) for path in shapes}
@@ -115,7 +127,7 @@ def _stacked(
         out = np.empty(shape, to)
         for name, leaf in zip(tensors, out if stacked else [out], strict=True):
             tensor = source.tensors[name].read()
-            if not _finite(tensor):
+            if not finite(tensor):
                 raise _not_finite(source, [name])
             _outputs_first(leaf, row)[...] = _pieces(tensor, parts)[paths.index(path)]
         return out
@@ -123,9 +135,17 @@ def _stacked(
     return TensorHandle(shape, to, read)
 
 
-def _cast(leaf: TensorHandle, dtype: Any) -> TensorHandle:
+def _cast(source: Source, path: str, dtype: Any) -> TensorHandle:
+    leaf = (source.leaves or {})[path]
     to = np.dtype(dtype or leaf.dtype)
-    return TensorHandle(leaf.shape, to, lambda: leaf.read().astype(to, copy=False))
+
+    def read() -> np.ndarray:
+        out = leaf.read().astype(to, copy=False)
+        if to == np.float16 and not finite(out):
+            raise _too_large(source, [path])
+        return out
+
+    return TensorHandle(leaf.shape, to, read)
 
 
 def _not_finite(source: Source, broken: Sequence[str]) -> ValueError:
@@ -133,6 +153,14 @@ def _not_finite(source: Source, broken: Sequence[str]) -> ValueError:
         f"{source.name}: {len(broken)} tensors have NaN or infinite weights, expected finite "
         f"ones: {', '.join(broken[:10])}{', …' if len(broken) > 10 else ''}. "
         "The checkpoint is damaged or its training diverged; use another."
+    )
+
+
+def _too_large(source: Source, found: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{source.name}: {len(found)} tensors have weights beyond float16's 65,504, expected "
+        f"smaller ones: {', '.join(found[:10])}{', …' if len(found) > 10 else ''}. Use "
+        "dtype bfloat16 or float32."
     )
 
 
@@ -186,16 +214,10 @@ def _groups(flat: Mapping[str, Any], names: Table) -> list[list[str]]:
     return sorted(groups.values(), key=lambda paths: -flat[paths[0]].dtype.itemsize)
 
 
-def _prefix(names: Table) -> tuple[str, str]:
-    """("transformer.", "wte.weight"): the prefix that bare checkpoints lack, the embedding."""
-    prefix, _, embed = names["embed/embedding"].hf.partition(".")
-    return f"{prefix}.", embed
-
-
 def _names(family: str, spelling: Spelling) -> Table:
     """The family's table, as a checkpoint spells it."""
     names = dict(table(family))
-    prefix, _ = _prefix(names)
+    prefix, _ = prefix_and_embedding(names)
     if spelling.bare:
         names = {p: row._replace(hf=row.hf.removeprefix(prefix)) for p, row in names.items()}
     if spelling.head:
@@ -288,14 +310,20 @@ def matrix_shape(family: str, path: str, shape: tuple[int, ...]) -> tuple[int, i
     return out, inputs
 
 
+def output_parts(
+    family: str, shapes: Mapping[str, tuple[int, ...]], matrix_OxR: np.ndarray
+) -> list[np.ndarray]:
+    """The rows of a matrix on a module's outputs, for each of the (unstacked) kernels in it."""
+    R, rows = matrix_OxR.shape[1], table(family)
+    parts = [
+        ((R, *shape[rows[path].inputs :]), rows[path]._replace(inputs=1, conv1d=False))
+        for path, shape in shapes.items()
+    ]
+    return [piece.reshape(-1, R) for piece in _pieces(matrix_OxR, parts)]
+
+
 def _moved(shape: tuple[int, ...], row: HFName) -> tuple[int, ...]:
     return (*shape[row.inputs :], *shape[: row.inputs])
-
-
-def _finite(tensor: np.ndarray) -> bool:
-    if tensor.dtype == ml_dtypes.bfloat16:  # numpy has no fast way: look at the exponent's bits
-        return not bool(((tensor.view(np.uint16) & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(tensor).all())
 
 
 def _check_leaves(source: Source, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -316,9 +344,9 @@ def _check(
     # Zero bytes of memory, however large the shape: only shapes are looked at.
     blank = {p: np.broadcast_to(np.int8(0), leaf.shape) for p, leaf in leaves.items()}
     expected = {name: _hf_shape(parts) for name, parts in _tensors(blank, names)}
-    found = {name for name in source.tensors if not _IGNORED.search(name)}
+    found = {name for name in source.tensors if not IGNORED.search(name)}
     if arch.tied:  # some exporters write the tied copy too
-        found -= set(_HEADS)
+        found -= set(HEADS)
     problems = [
         f"missing {name} {list(expected[name])}" for name in sorted(expected.keys() - found)
     ]
@@ -327,6 +355,8 @@ def _check(
         shape = tuple(source.tensors[name].shape)
         if shape != expected[name]:
             problems.append(f"{name}: got shape {list(shape)}, expected {list(expected[name])}")
+    if problems and (whose := wrapper(found, expected.keys())):
+        raise ValueError(f"{source.name}: {whose}.")
     if problems:
         more = [f"… and {len(problems) - 40} more"] if len(problems) > 40 else []
         shown = "\n  ".join(problems[:40] + more)

@@ -7,81 +7,91 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from reptune_jax.model.arch import Arch, Layer, Rope
-
-Config = Mapping[str, Any]
-_WINDOW = 4096  # of mistral and qwen in transformers, where the key is absent (null: none)
+from reptune_jax.model.config_keys import Config, Reading, need, read_rope, rope_settings
 
 
-def _no_quirks(config: Config) -> dict[str, Any]:
+def _no_quirks(config: Reading) -> dict[str, Any]:
     return {}
 
 
-def _biases(config: Config) -> dict[str, Any]:
+def _biases(config: Reading) -> dict[str, Any]:
     bias = bool(config.get("attention_bias", False))
     return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(config.get("mlp_bias", False))}
 
 
-def _mistral(config: Config) -> dict[str, Any]:
-    return {"layers": _every(config, config.get("sliding_window", _WINDOW), read_rope(config))}
+def _mistral(config: Reading) -> dict[str, Any]:
+    return {"layers": _every(config, config.default("sliding_window"), read_rope(config))}
 
 
-def _qwen2(config: Config) -> dict[str, Any]:
+def _qwen2(config: Reading) -> dict[str, Any]:
     return {"qkv_bias": True, "layers": _upper_sliding(config)}
 
 
-def _qwen3(config: Config) -> dict[str, Any]:
+def _qwen3(config: Reading) -> dict[str, Any]:
     return {**_biases(config), "layers": _upper_sliding(config)}
 
 
-def _gemma(config: Config) -> dict[str, Any]:
+def _gemma(config: Reading) -> dict[str, Any]:
     if config.get("use_bidirectional_attention"):
         raise ValueError(
             "use_bidirectional_attention: got true, expected false. This is an encoder; choose a "
             "model that generates."
         )
-    return {**_biases(config), "embed_scale": _need(config, "hidden_size") ** 0.5}
+    return {**_biases(config), "embed_scale": need(config, "hidden_size") ** 0.5}
 
 
-def _gemma2(config: Config) -> dict[str, Any]:
+def _gemma2(config: Reading) -> dict[str, Any]:
     rope = read_rope(config)
     return {
         **_gemma(config),
-        "scale": _need(config, "query_pre_attn_scalar") ** -0.5,
-        "score_cap": float(config.get("attn_logit_softcapping", 50.0) or 0),
-        "logit_cap": float(config.get("final_logit_softcapping", 30.0) or 0),
-        "layers": _alternating(config, every=2, rope=rope, local=rope),
+        "scale": config.need("query_pre_attn_scalar") ** -0.5,
+        "score_cap": float(config.default("attn_logit_softcapping") or 0),
+        "logit_cap": float(config.default("final_logit_softcapping") or 0),
+        "layers": _alternating(config, 2, rope, rope),
     }
 
 
-def _gemma3(config: Config) -> dict[str, Any]:
+def _gemma3(config: Reading) -> dict[str, Any]:
     rope, local = _gemma3_ropes(config)
-    every = config.get("sliding_window_pattern", 6)
     return {
         **_gemma(config),
-        "scale": _need(config, "query_pre_attn_scalar") ** -0.5,
+        "scale": config.need("query_pre_attn_scalar") ** -0.5,
         "logit_cap": float(config.get("final_logit_softcapping") or 0),
-        "layers": _alternating(config, every=every, rope=rope, local=local),
+        "layers": _alternating(config, 0, rope, local),
         "rope": rope,
     }
 
 
-def _gemma3_ropes(config: Config) -> tuple[Rope, Rope]:
-    given = config.get("rope_parameters") or {}
-    if "full_attention" in given:
-        of = {kind: {"rope_parameters": given[kind]} for kind in given}
-        return read_rope(of["full_attention"]), read_rope(_need(of, "sliding_attention"))
-    return read_rope(config), read_rope({"rope_theta": _need(config, "rope_local_base_freq")})
+def _gemma3_ropes(config: Reading) -> tuple[Rope, Rope]:
+    """One of full attention, which `rope_scaling` is laid over, and one of the others."""
+    given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if unknown := sorted(given.keys() - {"full_attention", "sliding_attention"}):
+        raise ValueError(
+            f"rope_parameters: got {', '.join(unknown)} for gemma3_text, expected full_attention "
+            "and sliding_attention. Nest them."
+        )
+    if "type" in scaling and "rope_type" not in scaling:
+        raise ValueError(
+            f"rope_scaling: got type = {scaling['type']!r} for gemma3_text, expected the key "
+            "rope_type: transformers passes over the other."
+        )
+    full = {**(given.get("full_attention") or {}), **scaling}
+    local = given.get("sliding_attention") or {}
+    return read_rope(config, full), read_rope(config, local, theta="rope_local_base_freq")
 
 
-def _phi3(config: Config) -> dict[str, Any]:
-    rope = read_rope(config, share=_rope_key(config, "partial_rotary_factor", 1.0))
+def _phi3(config: Reading) -> dict[str, Any]:
+    share = rope_settings(config).get(_SHARE, config.get(_SHARE, 1.0))
+    rope = read_rope(config, share=need({_SHARE: share}, _SHARE))
     return {"rope": rope, "layers": _every(config, config.get("sliding_window"), rope)}
 
 
-def _smollm3(config: Config) -> dict[str, Any]:
-    N, rope = _need(config, "num_hidden_layers"), read_rope(config)
-    interval = config.get("no_rope_layer_interval", 4)
-    rotated = config.get("no_rope_layers") or [int((l + 1) % interval != 0) for l in range(N)]
+def _smollm3(config: Reading) -> dict[str, Any]:
+    N, rope = need(config, "num_hidden_layers"), read_rope(config)
+    rotated = config.get("no_rope_layers")
+    if not rotated:
+        interval = config.need("no_rope_layer_interval")
+        rotated = [int((l + 1) % interval != 0) for l in range(N)]
     if config.get("use_sliding_window") and config.get("sliding_window"):
         raise ValueError(
             "use_sliding_window: got true, expected false for smollm3, whose released models have "
@@ -91,34 +101,41 @@ def _smollm3(config: Config) -> dict[str, Any]:
     return {**_biases(config), "layers": layers}
 
 
-def _granite(config: Config) -> dict[str, Any]:
+def _granite(config: Reading) -> dict[str, Any]:
     return {
         **_biases(config),
-        "scale": float(_need(config, "attention_multiplier")),
-        "embed_scale": float(_need(config, "embedding_multiplier")),
-        "residual_scale": float(_need(config, "residual_multiplier")),
-        "logit_divisor": float(_need(config, "logits_scaling")),
+        "scale": float(config.need("attention_multiplier")),
+        "embed_scale": float(config.need("embedding_multiplier")),
+        "residual_scale": float(config.need("residual_multiplier")),
+        "logit_divisor": float(config.need("logits_scaling")),
     }
 
 
-def _gpt2(config: Config) -> dict[str, Any]:
+def _gpt2(config: Reading) -> dict[str, Any]:
     for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if config.get(key):
             raise ValueError(f"{key}: got true, expected false for gpt2. Choose another model.")
     return {
-        "positions": _need(config, "n_positions"),
+        "positions": config.need("n_positions"),
         "scale": 0.0 if config.get("scale_attn_weights", True) else 1.0,
-        "F": config.get("n_inner") or 4 * _need(config, "n_embd"),
+        "F": config.get("n_inner") or 4 * need(config, "n_embd"),
         "rope": None,
     }
 
 
-def _gpt_neox(config: Config) -> dict[str, Any]:
-    share = float(_rope_key(config, "partial_rotary_factor", config.get("rotary_pct")))
-    theta = config.get("rotary_emb_base")
+def _gpt_neox(config: Reading) -> dict[str, Any]:
+    given = rope_settings(config)
+    share = float(given[_SHARE] if _SHARE in given else config.need("rotary_pct"))
+    theta = "rotary_emb_base"
+    beside = None if "rope_theta" in given else config.get("rope_theta")
+    if beside is not None and beside != config.need(theta):
+        raise ValueError(
+            f"{theta}: got {config.need(theta)} and rope_theta {beside}, expected one base. "
+            f"Transformers reads {theta}; delete the wrong one."
+        )
     bias = bool(config.get("attention_bias", True))
     return {
-        "rope": read_rope({"rope_theta": theta, **config}, share=share),
+        "rope": read_rope(config, share=share, theta=theta),
         "parallel": bool(config.get("use_parallel_residual", True)),
         "qkv_bias": bias,
         "o_bias": bias,
@@ -129,13 +146,14 @@ def _gpt_neox(config: Config) -> dict[str, Any]:
 class Family(NamedTuple):
     """A row of FAMILIES: what is the same for all of its models, and what its config says."""
 
-    quirks: Callable[[Config], dict[str, Any]] = _no_quirks
+    quirks: Callable[[Reading], dict[str, Any]] = _no_quirks
     fixed: Mapping[str, Any] = {}
     acts: tuple[str, ...] = ("silu",)
     tied: bool = False  # where the config does not say
     keys: Mapping[str, str] = {}  # this family's names for common keys
 
 
+_SHARE = "partial_rotary_factor"
 _GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")  # the first is the family's own
 _TANH = ("gelu_pytorch_tanh",)
 _GEMMA = {"norm": "rms_plus_one"}
@@ -176,11 +194,79 @@ FAMILIES = {
 
 
 def from_config(config: Config) -> Arch:
-    """Reads a raw `config.json` dict.
+    """Reads a raw `config.json` dict; keys that it lacks are transformers' defaults.
 
     Raises:
       ValueError: unknown family, a missing key, or a feature that would be computed wrongly.
     """
+    return _read(Reading(config))
+
+
+def is_tied(config: Config) -> bool:
+    """Whether the config says that the unembedding is the embedding."""
+    return bool(config.get("tie_word_embeddings", FAMILIES[config["model_type"]].tied))
+
+
+# Where a config may say a thing twice: what transformers reads, what it then passes over.
+_RIVALS = (
+    ("rope_scaling", "rope_parameters"),
+    ("rope_parameters/rope_theta", "rope_theta"),
+    ("rope_parameters/rope_theta", "rotary_emb_base"),
+    ("rope_parameters/partial_rotary_factor", "partial_rotary_factor"),
+    ("rope_parameters/partial_rotary_factor", "rotary_pct"),
+    ("rope_parameters/rope_type", "rope_parameters/type"),
+    ("rope_parameters/full_attention/rope_theta", "rope_theta"),
+    ("rope_parameters/sliding_attention/rope_theta", "rope_local_base_freq"),
+    ("rope_scaling/rope_theta", "rope_theta"),
+    ("rope_scaling/rope_type", "rope_scaling/type"),
+    ("layer_types", "sliding_window_pattern"),
+    ("layer_types", "max_window_layers"),
+    ("no_rope_layers", "no_rope_layer_interval"),
+)
+
+
+def notes(config: Config) -> list[str]:
+    """What a person should know of how `from_config` reads this: defaults taken, rivals.
+
+    Nothing for a config that is refused.
+    """
+    read = Reading(config)
+    try:
+        arch = _read(read)
+    except ValueError:
+        return []
+    out = [
+        f"{key}: not in config.json; taking {value}, transformers' default for {arch.family}."
+        for key, value in read.taken.items()
+    ]
+    for first, second in _RIVALS:
+        if None in (taken := _at(config, first), passed := _at(config, second)):
+            continue
+        try:
+            same = from_config(_without(config, first.split("/"))) == arch
+        except ValueError:
+            same = False
+        if not same:
+            out.append(
+                f"{first} = {taken!r} and {second} = {passed!r} disagree; reading {first}, as "
+                "transformers does."
+            )
+    return out
+
+
+def _at(config: Config, path: str) -> Any:
+    for key in path.split("/"):
+        config = (config or {}).get(key)  # type: ignore[assignment]
+    return config
+
+
+def _without(config: Config, path: list[str]) -> dict[str, Any]:
+    key, *rest = path
+    kept = {k: v for k, v in config.items() if k != key}
+    return {**kept, key: _without(config[key], rest)} if rest else kept
+
+
+def _read(config: Reading) -> Arch:
     name = config.get("model_type")
     if name not in FAMILIES:
         raise ValueError(
@@ -189,15 +275,15 @@ def from_config(config: Config) -> Arch:
         )
     family = FAMILIES[name]
 
-    def need(key: str) -> Any:
-        return _need(config, family.keys.get(key, key))
+    def size(key: str) -> Any:
+        return need(config, family.keys.get(key, key))
 
-    D, H, N = need("hidden_size"), need("num_attention_heads"), need("num_hidden_layers")
+    D, H, N = size("hidden_size"), size("num_attention_heads"), size("num_hidden_layers")
     found = {**family.fixed, **family.quirks(config)}
     if "rope" not in found:
         found["rope"] = read_rope(config)
     if "F" not in found:
-        found["F"] = need("intermediate_size")
+        found["F"] = size("intermediate_size")
     if len(layers := found.get("layers", ())) not in (0, N):
         raise ValueError(
             f"layers: got the kinds of {len(layers)}, expected those of num_hidden_layers = {N}. "
@@ -205,14 +291,14 @@ def from_config(config: Config) -> Arch:
         )
     return Arch(
         family=name,
-        V=need("vocab_size"),
+        V=size("vocab_size"),
         D=D,
         N=N,
         H=H,
-        K=config.get("num_key_value_heads") or H,
-        Dh=config.get("head_dim") or D // H,
-        norm_eps=float(need("rms_norm_eps")),
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        K=config.default("num_key_value_heads") or H,
+        Dh=config.default("head_dim") or D // H,
+        norm_eps=float(config.need(family.keys.get("rms_norm_eps", "rms_norm_eps"))),
+        tied=is_tied(config),
         act=_act(config, name, family),
         **found,
     )
@@ -238,29 +324,29 @@ def _act(config: Config, name: str, family: Family) -> str:
 
 
 def _every(config: Config, window: int | None, rope: Rope) -> tuple[Layer, ...]:
-    return (Layer(window, rope),) * _need(config, "num_hidden_layers") if window else ()
+    return (Layer(window, rope),) * need(config, "num_hidden_layers") if window else ()
 
 
-def _upper_sliding(config: Config) -> tuple[Layer, ...]:
+def _upper_sliding(config: Reading) -> tuple[Layer, ...]:
     """Layers from `max_window_layers` on, or those that `layer_types` says."""
-    window = config.get("sliding_window", _WINDOW)
-    if not config.get("use_sliding_window") or not window:
+    if not config.get("use_sliding_window") or not (window := config.default("sliding_window")):
         return ()
-    N, rope = _need(config, "num_hidden_layers"), read_rope(config)
+    N, rope = need(config, "num_hidden_layers"), read_rope(config)
     types = config.get("layer_types")
     if types is None:
-        full = min(_need(config, "max_window_layers"), N)
+        full = min(config.need("max_window_layers"), N)
         types = ["full_attention"] * full + ["sliding_attention"] * (N - full)
     return _layers(types, window, rope, rope)
 
 
-def _alternating(config: Config, every: int, rope: Rope, local: Rope) -> tuple[Layer, ...]:
-    """Every so manieth layer sees everything, the others a window."""
-    N, types = _need(config, "num_hidden_layers"), config.get("layer_types")
+def _alternating(config: Reading, every: int, rope: Rope, local: Rope) -> tuple[Layer, ...]:
+    """Every so manieth layer sees everything, the others a window; 0: the config says which."""
+    N, types = need(config, "num_hidden_layers"), config.get("layer_types")
     if types is None:
+        every = every or config.need("sliding_window_pattern")
         full = [(l + 1) % every == 0 for l in range(N)]
         types = ["full_attention" if f else "sliding_attention" for f in full]
-    return _layers(types, _need(config, "sliding_window"), rope, local)
+    return _layers(types, config.need("sliding_window"), rope, local)
 
 
 def _layers(types: list[str], window: int, rope: Rope, local: Rope) -> tuple[Layer, ...]:
@@ -271,52 +357,3 @@ def _layers(types: list[str], window: int, rope: Rope, local: Rope) -> tuple[Lay
             "Choose another model."
         )
     return tuple(of[t] for t in types)
-
-
-# ------------------------------------------------------------------ rotary settings
-
-
-def read_rope(config: Config, share: float = 1.0) -> Rope:
-    """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
-
-    There is no default: a wrong theta is wrong only at long positions, where nobody looks.
-    """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = {"rope_theta": config.get("rope_theta"), **given}
-    if rope.get("rope_theta") is None:
-        raise ValueError(
-            "rope_theta: found neither rope_parameters.rope_theta nor rope_theta in config.json, "
-            "expected one of them. Add the value the model was trained with."
-        )
-    theta = float(rope["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return Rope(theta, share=share)
-    if kind == "linear":
-        return Rope(theta, kind, factor=float(_need(rope, "factor")), share=share)
-    if kind == "llama3":
-        return Rope(
-            theta,
-            kind,
-            factor=float(_need(rope, "factor")),
-            low_freq_factor=float(_need(rope, "low_freq_factor")),
-            high_freq_factor=float(_need(rope, "high_freq_factor")),
-            original_positions=int(_need(rope, "original_max_position_embeddings")),
-            share=share,
-        )
-    raise ValueError(
-        f"rope_type: got {kind!r}, expected default, linear or llama3. "
-        "Other scalings would be computed wrongly, so they are refused."
-    )
-
-
-def _rope_key(config: Config, key: str, default: Any) -> Any:
-    """A key of `rope_parameters`, or before transformers 5 of the config itself."""
-    found = (config.get("rope_parameters") or {}).get(key, config.get(key, default))
-    return _need({key: found}, key)
-
-
-def _need(config: Config, key: str) -> Any:
-    if config.get(key) is None:
-        raise ValueError(f"{key}: missing from the model's config, expected a value. Add it.")
-    return config[key]

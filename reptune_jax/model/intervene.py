@@ -35,10 +35,29 @@ class Steerable(Protocol):
 
 
 def as_steer(steer: Steerable | Steer | None, arch: Arch, B: int, T: int) -> Steer | None:
-    """Every way to say "steer" becomes the same data."""
-    if steer is None or isinstance(steer, Steer):
-        return steer
-    return steer.steer(arch, B, T)
+    """Every way to say "steer" becomes the same data.
+
+    Raises:
+      ValueError: something else, or a `Steer` of another model or batch.
+    """
+    if steer is None:
+        return None
+    if not isinstance(steer, Steer):
+        if not callable(getattr(steer, "steer", None)):
+            raise ValueError(
+                f"steer: got {str(steer)[:40]!r} ({type(steer).__name__}), expected a "
+                "SteeringVector, such as 3 * vec.at(layers=[15])."
+            )
+        return steer.steer(arch, B, T)
+    fields = ("direction_NxD", "add_NxB", "ablate_NxB", "token_BxT")
+    shapes = ((arch.N, arch.D), (arch.N, B), (arch.N, B), (B, T))
+    for name, shape in zip(fields, shapes, strict=True):
+        if (found := jnp.shape(getattr(steer, name))) != shape:
+            raise ValueError(
+                f"steer.{name}: got shape {list(found)}, expected {list(shape)} for this model "
+                "and batch."
+            )
+    return steer
 
 
 def steer_all(direction_NxD: jax.Array, dose_N: jax.Array, B: int, T: int) -> Steer:

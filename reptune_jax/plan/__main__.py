@@ -11,8 +11,7 @@ whose buffers are not those of a GPU: read those temporaries as a rough guide.
 from absl import flags
 from ml_collections import config_flags
 
-from reptune_jax import command_line, program
-from reptune_jax import config as configs
+from reptune_jax import command_line, program, ranges
 from reptune_jax.plan.compiled import run
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     shown = ("config", "topology", "model-config", "tokens", "labels")
 
     def entry(_: list[str]) -> None:
-        c = configs.check(flag.value)
+        c = ranges.check(flag.value)
         run(c, str(topology.value), str(shape.value), int(tokens.value), int(labels.value))
 
     program.call(lambda: command_line.run(entry, __doc__, shown))

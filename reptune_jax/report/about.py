@@ -85,6 +85,14 @@ def limitations(study: Study) -> list[str]:
         )
     elif len(seeds):
         lines.append(f"{seeds.min()} training seeds: resampling so few understates how seeds vary.")
+    lines += [
+        f"{setting.name}{_at(setting)}: what was not finite is missing, and left out of every mean "
+        "and count: "
+        + ", ".join(f"{n} of {of} {metric} ({split})" for (metric, split), (n, of) in found.items())
+        + "."
+        for setting in study.settings()
+        if (found := study.missing(setting))
+    ]
     for sign in (1, -1):
         steer = study.pick("steer", sign)
         if steer and study.kl(steer) > 1.05 * study.budget(sign):
@@ -111,6 +119,12 @@ def limitations(study: Study) -> list[str]:
         f"{max(1, len(models))} model, {rows.behavior.nunique()} behavior: no claim beyond them."
     )
     return lines
+
+
+def _at(setting: studies.Setting) -> str:
+    if setting.layer < 0:
+        return ""
+    return f" at layer {setting.layer}, dose {setting.dose:+g}".replace("-", "−")
 
 
 def _judge_line(study: Study, measure: Measure) -> str:

@@ -87,10 +87,14 @@ class Study:
         return found[0] if len(found) == 1 else pd.concat([self.rows.iloc[:0], *found])
 
     def answers(self, setting: Setting, split: str) -> pd.DataFrame:
-        """Generated answers with the judge's score as `value`; NaN where there is no judge."""
+        """Generated answers with the judge's score as `value`; NaN where there is no judge.
+
+        Without those that are missing.
+        """
         if self.judged and len(rows := self.measured(setting, self.judged, split)):
-            return rows
-        return self.where(setting, "distinct2", split).assign(value=math.nan)  # texts are there
+            return rows[rows.value.notna()]
+        rows = self.where(setting, "distinct2", split)  # texts are there
+        return rows[rows.value.notna()].assign(value=math.nan)
 
     @property
     def judged(self) -> Measure | None:
@@ -129,21 +133,32 @@ class Study:
 
         The budget is the dual arm's own KL on neutral prose (equal side effects), or `kl_budget`.
         A dose between swept ones has no validation rows; then it is the one that comes closest to
-        the budget from below.
+        the budget from below. One with missing values is taken only where there is no other: what
+        is not known is not cheap, and a mean over the rest is one over other items.
         """
         if arm == "base":
             return BASE
         options = [c for c in self.settings(split=split) if (c.arm, c.sign) == (arm, sign)]
         if len(options) <= 1 or self.primary is None:
             return options[0] if options else None
-        budget = self.budget(sign)
+        options = [c for c in options if not self.missing(c)] or options
+        budget, known = self.budget(sign), [c for c in options if math.isfinite(self.kl(c))]
         # A twentieth over: a dose interpolated to equal KL never meets it exactly.
-        within = [c for c in options if not self.kl(c) > 1.05 * budget]
-        within = within or [min(options, key=self.kl)]
+        within = [c for c in known if self.kl(c) <= 1.05 * budget]
+        within = within or ([min(known, key=self.kl)] if known else options)
         gains = {c: sign * self.delta(c, BASE, self.primary, "val").delta.mean() for c in within}
         if all(map(math.isfinite, gains.values())):
             return max(within, key=lambda c: gains[c])
         return max(within, key=lambda c: np.nan_to_num(self.kl(c)))
+
+    def missing(self, setting: Setting) -> dict[tuple[str, str], tuple[int, int]]:
+        """(metric, split) -> how many values are missing, of how many; only where some are."""
+        counts: dict[tuple[str, str], tuple[int, int]] = {}
+        for (c, metric, split, _), rows in self.cells.items():
+            if c == setting and (bad := int(rows.value.isna().sum())):
+                before = counts.get((metric, split), (0, 0))
+                counts[metric, split] = before[0] + bad, before[1] + len(rows)
+        return counts
 
     def picks(self, split: str = "test", skip: Iterable[str] = ()) -> list[Setting]:
         """One setting for each arm and sign that was run on `split`."""

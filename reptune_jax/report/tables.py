@@ -28,10 +28,10 @@ def headline_frame(study: Study, measure: Measure, splits: Iterable[str] = ("tes
             if own.empty:
                 continue
             paired = study.delta(setting, BASE, measure, split)
-            items = studies.per_item(paired)
+            items, whole = studies.per_item(paired), own[own.value.notna()]
             row = {"setting": setting, "split": split, "mean": studies.interval(own, "value")}
-            row |= {"n": own.item_id.nunique(), "clusters": own.cluster.nunique()}
-            row |= {"seeds": own.seed.nunique(), "missing": int(own.value.isna().sum())}
+            row |= {"n": whole.item_id.nunique(), "clusters": whole.cluster.nunique()}
+            row |= {"seeds": whole.seed.nunique(), "missing": int(own.value.isna().sum())}
             if setting != BASE:
                 row["delta"] = studies.interval(paired)
                 row["dz"] = stats.cohen_dz(items)
@@ -98,7 +98,8 @@ def retention_frame(study: Study) -> Any:
             "kl_chats": studies.per_token(study.where(setting, "kl", "chats")),
             "top1": studies.per_token(study.where(setting, "top1", "neutral")),
             "own_ce": studies.per_token(own, "delta"),
-            "documents": nll.item_id.nunique() or prose.item_id.nunique(),
+            "documents": nll[nll.delta.notna()].item_id.nunique()
+            or prose[prose.value.notna()].item_id.nunique(),
         }
         row["own_verdict"] = stats.non_inferiority(row["own_ce"], study.margin) if len(own) else ""
         if any(isinstance(x, Interval) and math.isfinite(x.estimate) for x in row.values()):
@@ -135,7 +136,7 @@ def headline_table(study: Study, measure: Measure) -> Table:
             interval(r.delta),
             number(r.dz, 2, signed=True),
             percent(r.against),
-            f"{r.n} ({r.clusters})",
+            f"{r.n} ({r.clusters})" + (f", {r.missing} missing" if r.missing else ""),
             str(r.seeds),
             interval(ood[r.setting].delta) if r.setting in ood else "–",
             number(ood[r.setting].dz, 2, signed=True) if r.setting in ood else "–",

@@ -44,11 +44,14 @@ def claims_frame(study: Study, split: str = "test") -> Any:
 
 
 def truth_coded(rows: pd.DataFrame) -> pd.DataFrame:
-    """Labelled claims with margin = log p(true) - log p(false); value is right minus wrong."""
-    rows = rows[rows.label.isin([0.0, 1.0])].copy()
+    """Labelled claims with margin = log p(true) - log p(false); value is right minus wrong.
+
+    Without missing values, so that each order weighs the same by what is there of it.
+    """
+    rows = rows[rows.label.isin([0.0, 1.0]) & rows.value.notna()].copy()
     rows["margin"] = rows.value * (2 * rows.label - 1)
-    rows["says_true"] = np.where(rows.margin.isna(), np.nan, rows.margin > 0)
-    rows["right"] = np.where(rows.value.isna(), np.nan, rows.value > 0)
+    rows["says_true"] = (rows.margin > 0).astype(float)
+    rows["right"] = (rows.value > 0).astype(float)
     rows["order_weight"] = 1 / rows.groupby("order").order.transform("size")
     return rows
 
@@ -58,11 +61,12 @@ def scenarios_frame(study: Study, split: str = "test") -> Any:
     rows = []
     for setting in study.picks(split):
         own = study.measured(setting, Measure("logodds", "ab"), split)
+        own = own[own.value.notna()]  # an item with one order only is not honest in both
         if own.empty:
             continue
         own = own.assign(
             lie=1 / (1 + np.exp(own.value.clip(-500, 500))),
-            honest=np.where(own.value.isna(), np.nan, own.value > 0),
+            honest=(own.value > 0).astype(float),
             first=own.value * np.where(own.order == "ba", -1.0, 1.0),
         )
         keys = ["item_id", "template", "seed", "cluster"]

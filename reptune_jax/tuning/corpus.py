@@ -25,6 +25,7 @@ from reptune_jax.data.batches import (
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.contrast import claim_prompts
 from reptune_jax.folder import Study, read_config
+from reptune_jax.hub import templates
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.lm import Model
 from reptune_jax.tuning import retention
@@ -168,11 +169,11 @@ def _claim_examples(
     out = []
     for template in c.train.templates:
         for contrast in claim_prompts(behavior.select(split, "claim"), template):
-            text = tokenizers.chat_text(model.tokenizer, contrast.messages)
+            text = templates.chat_text(model.tokenizer, contrast.messages)
             right, wrong = tokenizers.free_label_tokens(
                 model.tokenizer, text, contrast.pos, contrast.neg
             )
-            ids = model.tokenizer.encode(text, add_special_tokens=False)
+            ids = model.encode_prompt(contrast.messages)
             span = positions.span(model.tokenizer, ids, len(ids), c.loss.position)
             label, other = (right, wrong) if c.sign > 0 else (wrong, right)
             neutral = c.loss.targets == "neutral"
@@ -184,7 +185,8 @@ def _retention_of(c: ConfigDict, model: Model, split: str, T: int) -> Retention:
     """The runs of a study share it, and reading it costs tens of seconds."""
     layers = tuple(c.train.layers) if c.loss.l2 else None
     L = c.train.retain_positions
-    key = (model.sha, model.dtype.name, split, T, c.eval.new_tokens, L, layers)
+    chats = repr(templates.arguments(model.tokenizer)), c.eval.new_tokens
+    key = (model.sha, model.dtype.name, split, T, *chats, L, layers)
     if key not in _retention:
         found = retention.pieces(model, split, T, c.eval.new_tokens)
         _retention[key] = retention.make_retention(model, found, T, L, layers=layers)

@@ -13,6 +13,7 @@ import numpy as np
 
 from reptune_jax.data import neutral
 from reptune_jax.data.batches import Retention
+from reptune_jax.hub import text
 from reptune_jax.lm import Model
 from reptune_jax.model.read import read_at_once
 
@@ -27,8 +28,10 @@ class Piece(NamedTuple):
 
 def pieces(model: Model, split: str, T: int, new_tokens: int) -> list[Piece]:
     """Neutral documents cut into pieces of at most T tokens, and chats that the base answered."""
-    documents = [d.prompt + d.answer for d in neutral.prose(model, split)]
-    cut = [ids[i : i + T] for ids in documents for i in range(0, len(ids), T)]
+    before = text.put_before(model.tokenizer)  # a piece is a text: BOS stands before each
+    documents = [(d.prompt + d.answer)[len(before) :] for d in neutral.prose(model, split)]
+    size = T - len(before)
+    cut = [before + ids[i : i + size] for ids in documents for i in range(0, len(ids), size)]
     chats = neutral.chats(model, split, new_tokens)
     return [Piece(ids, 1) for ids in cut if len(ids) >= T // 2] + [
         Piece(chat.prompt + chat.answer, len(chat.prompt), own=True) for chat in chats

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from reptune_jax.hub.rounding import Rounding
 from reptune_jax.lm import Model
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -65,8 +66,11 @@ def _add(model: Model, vector: SteeringVector) -> Model:
         )
     dose_NxD = vector.dose_NxD / a.residual_scale
     bias_NxD = flat["blocks/mlp/down/bias"]
-    flat["blocks/mlp/down/bias"] = bias_NxD + jnp.asarray(dose_NxD, bias_NxD.dtype)
-    return _with(model, flat)
+    baked_NxD = bias_NxD + jnp.asarray(dose_NxD, bias_NxD.dtype)
+    rounding = Rounding(model.dtype)
+    rounding.add(bias_NxD, jnp.asarray(dose_NxD, jnp.float32), baked_NxD)
+    rounding.report(model.name)
+    return _with(model, {**flat, "blocks/mlp/down/bias": baked_NxD})
 
 
 def _ablate(model: Model, u_D: np.ndarray) -> Model:
@@ -80,9 +84,14 @@ def _ablate(model: Model, u_D: np.ndarray) -> Model:
             arch=dataclasses.replace(model.arch, tied=False),
             config={**model.config, "tie_word_embeddings": False},
         )
+    rounding = Rounding(model.dtype)
     for path in flat:
         if _writes(path):
-            flat[path] = _orthogonal(flat[path], u_D)
+            before = flat[path]
+            removed = _along(before, u_D)
+            flat[path] = (before.astype(jnp.float32) - removed).astype(before.dtype)
+            rounding.add(before, -removed, flat[path])
+    rounding.report(model.name)
     return _with(model, flat)
 
 
@@ -93,11 +102,10 @@ def _writes(path: str) -> bool:
 
 
 @jax.jit
-def _orthogonal(leaf: jax.Array, u_D: jax.Array) -> jax.Array:
-    """What is left of every [..., D] row without its component along u."""
-    rows = leaf.astype(jnp.float32)
-    along = jnp.einsum("...d,d->...", rows, u_D, precision="highest")
-    return (rows - along[..., None] * u_D).astype(leaf.dtype)
+def _along(leaf: jax.Array, u_D: jax.Array) -> jax.Array:
+    """The component along u of every [..., D] row, float32."""
+    along = jnp.einsum("...d,d->...", leaf.astype(jnp.float32), u_D, precision="highest")
+    return along[..., None] * u_D
 
 
 def _one_direction(vector: SteeringVector) -> np.ndarray:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from reptune_jax import mesh as meshes
+from reptune_jax.console import say
 from reptune_jax.lm import Model
 from reptune_jax.model.padding import batches_by_length, pad
 from reptune_jax.model.read import read_at_once
@@ -34,19 +36,56 @@ def make_vector(
     meta: dict[str, Any],
     batch_size: int = 16,
 ) -> SteeringVector:
-    """One pass over matched pairs, folded by one of `METHODS` as they are read."""
+    """One pass over matched pairs, folded by one of `METHODS` as they are read.
+
+    Raises:
+      ValueError: pairs whose sides are the same up to what is read; residuals that are not finite.
+    """
+    _check_contrast(positives, negatives)
     fold = METHODS[method]
-    kept = fold.init(model.arch.N, model.arch.D)
-    longest = [max(len(p.ids), len(n.ids)) for p, n in zip(positives, negatives, strict=True)]
+    kept, both = fold.init(model.arch.N, model.arch.D), (positives, negatives)
+    longest = [max(len(p.ids), len(n.ids)) for p, n in zip(*both, strict=True)]
     batches = list(batches_by_length(longest, batch_size))
+    finite = []  # stays on the device, like what is kept
     for rows in tqdm(batches, desc="reading residuals", delay=2, leave=False):
-        kept = fold.add(
-            kept,
-            read_batch(model, [positives[r] for r in rows], batch_size),
-            read_batch(model, [negatives[r] for r in rows], batch_size),
-        )
+        sides = [read_batch(model, [side[r] for r in rows], batch_size) for side in both]
+        finite.append(_finite(*sides))
+        kept = fold.add(kept, *sides)
+    read = np.concatenate([meshes.fetch(ok_B) for ok_B in finite])
+    order = np.argsort([r for rows in batches for r in rows])
+    model.check_finite(read[order], "pairs")
     about = {"model": model.name, "model_sha": model.sha}
     return fold.finish(kept, about | meta)
+
+
+def _check_contrast(positives: Sequence[Span], negatives: Sequence[Span]) -> None:
+    """Attention is causal: sides that are the same so far have the same residuals."""
+    pairs = list(zip(positives, negatives, strict=True))
+    same = [i for i, (p, n) in enumerate(pairs) if _as_read(p) == _as_read(n)]
+    if same:
+        raise ValueError(
+            f"pairs: got the same tokens on both sides, up to where they are read, in {len(same)} "
+            f"of {len(pairs)} (number {', '.join(map(str, same[:8]))}"
+            f"{', …' if len(same) > 8 else ''}, from 0), expected sides that differ. Drop them, "
+            "or read a position behind the difference."
+        )
+    first = sum(span.start == 0 for pair in pairs for span in pair)
+    if first:
+        say(
+            f"pairs: {first} of {2 * len(pairs)} texts are read at their first token, whose "
+            "residual is long whatever it says: norms, and doses of a unit vector, will be too "
+            "large. Give longer texts, or another position."
+        )
+
+
+def _as_read(span: Span) -> tuple[int, list[int]]:
+    return span.start, span.ids[: span.stop]
+
+
+@jax.jit
+def _finite(positive_NxBxD: jax.Array, negative_NxBxD: jax.Array) -> jax.Array:
+    both = jnp.isfinite(positive_NxBxD) & jnp.isfinite(negative_NxBxD)
+    return both.all(axis=(0, 2))
 
 
 def read_batch(model: Model, spans: Sequence[Span], rows: int) -> jax.Array:

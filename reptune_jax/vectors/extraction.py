@@ -13,7 +13,7 @@ from reptune_jax.data import behavior as behaviors
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.tuning import Answer, answer_row
 from reptune_jax.folder import Study, write_whole
-from reptune_jax.hub.tokenizer import template_sha
+from reptune_jax.hub import templates
 from reptune_jax.lm import Model
 from reptune_jax.vectors import answers, claims
 from reptune_jax.vectors.capture import Span, make_vector
@@ -35,10 +35,21 @@ def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVecto
         say(f"vector: {vector.meta['pairs']} pairs, digest {vector.digest} -> {study.vector}")
     vector = SteeringVector.load(study.vector)
     if not distributed.exists(study.targets) and behavior.kind == "free":
+        fit(vector, load())
         targets = make_targets(c, load(), behavior, vector)
         distributed.once(lambda: write_targets(study.targets, targets))
         say(f"targets: personas' own answers -> {study.targets}")
     return vector
+
+
+def fit(vector: SteeringVector, model: Model) -> None:
+    """Renders the model's chats as those that the vector was read from, on the same day.
+
+    Raises:
+      ValueError: it was read from another model.
+    """
+    vector.check_model(model.sha, model.name)
+    templates.use(model.tokenizer, vector.meta.get("template_arguments", {}))
 
 
 def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVector:
@@ -46,7 +57,8 @@ def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVect
     meta = {
         "behavior": c.behavior,
         "position": c.vector.position,
-        "template": template_sha(model.tokenizer),
+        "template": templates.template_sha(model.tokenizer),
+        "template_arguments": templates.freeze(model.tokenizer),
         "correct_only": c.vector.correct_only,
     }
     if behavior.kind == "free":

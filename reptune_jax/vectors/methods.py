@@ -57,25 +57,36 @@ def _mean_difference(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
 
     `meta["agreement"]` is the mean cosine between two pairs' differences, per layer: near 0 the
     contrast has no common direction and steering with it will be unreliable (arXiv 2505.22637).
+    Of one pair it is unknown, None.
+
+    Raises:
+      ValueError: both means are the same at every layer.
     """
     found = meshes.fetch(sums)
     n = int(found.pairs)
     positive, negative = found.positive_NxD / n, found.negative_NxD / n
     squared_N = np.square(found.unit_difference_NxD).sum(1)
-    agreement_N = (squared_N - n) / max(n * (n - 1), 1)
+    agreement_N = (squared_N - n) / (n * (n - 1)) if n > 1 else [None] * len(squared_N)
+    difference_NxD = (positive - negative).astype(np.float32)
+    layers = tuple(np.flatnonzero(difference_NxD.any(axis=1)).tolist())
+    if not layers:
+        raise ValueError(
+            f"pairs: got {n} whose positive and negative sides have the same mean at every layer, "
+            "expected a contrast. Read another position, or give pairs that differ before it."
+        )
     about = {
         **meta,
         "method": "mean_diff",
         "norm": "raw",
         "pairs": n,
         "layer_convention": "output of 0-based block l = hidden_states[l+1]",
-        "agreement": [round(float(a), 4) for a in agreement_N],
+        "agreement": [None if a is None else round(float(a), 4) for a in agreement_N],
     }
     return SteeringVector(
-        directions_NxD=(positive - negative).astype(np.float32),
+        directions_NxD=difference_NxD,
         residual_norm_N=(found.norm_N / n).astype(np.float32),
         mean_NxD=((positive + negative) / 2).astype(np.float32),
-        layers=tuple(range(len(positive))),
+        layers=layers,
         meta=about,
     )
 

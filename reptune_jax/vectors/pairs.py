@@ -1,9 +1,12 @@
 """`extract`: a vector from pairs of raw text, the library's one-call way in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from reptune_jax.data import positions
+from reptune_jax.hub.tokenizer import known_ids
 from reptune_jax.lm import Model
+from reptune_jax.model import inputs
 from reptune_jax.vectors.capture import Span, make_vector
 from reptune_jax.vectors.methods import METHODS
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -21,26 +24,41 @@ def extract(
     """A behavior vector from (positive, negative) pairs.
 
     A side is raw text (render chats with the tokenizer's template first), or (prompt, completion)
-    where `position` is "response". Positions: last, before_answer, response, all, or a negative
-    offset from the end of the prompt.
+    where `position` is "response". Positions: last, before_answer, response, all (but the first
+    token), or a negative offset from the end of the prompt. Before raw text stands what the
+    tokenizer puts there, unless it begins with it.
 
     Raises:
-      ValueError: an unknown method, no pairs, or a position that is not in a text.
+      ValueError: an unknown method, no pairs, sides that are the same, a position that is not in a
+        text, or residuals that are not finite.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}.")
+    if isinstance(pairs, str) or not all(_is_pair(pair, _is_side) for pair in pairs):
+        raise ValueError(
+            f"pairs: got {str(pairs)[:60]!r}, expected a list of (positive, negative), each a text "
+            "or a (prompt, completion). A single pair is [(positive, negative)]."
+        )
     if not pairs:
         raise ValueError("pairs: got none, expected at least one (positive, negative).")
+    inputs.numbers(batch_size=batch_size)
     positives, negatives = (
         [_span(model, pair[side], position) for pair in pairs] for side in (0, 1)
     )
     return make_vector(model, positives, negatives, method, {"position": str(position)}, batch_size)
 
 
+def _is_pair(value: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(good, value))
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, str) or _is_pair(value, lambda text: isinstance(text, str))
+
+
 def _span(model: Model, side: Side, position: str | int) -> Span:
     prompt, completion = (side, "") if isinstance(side, str) else side
-    prompt_ids, more_ids = (
-        model.tokenizer.encode(text, add_special_tokens=False) for text in (prompt, completion)
-    )
-    ids = prompt_ids + more_ids
+    more_ids = model.tokenizer.encode(completion, add_special_tokens=False)
+    prompt_ids = model.encode_prompt(prompt, chat=False)
+    ids = known_ids(model.tokenizer, prompt_ids + more_ids, model.arch.V)
     return Span(ids, *positions.span(model.tokenizer, ids, len(prompt_ids), position))

@@ -7,19 +7,20 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from reptune_jax.hub.safetensors_io import save_file
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Probe, Steer, steer_all
 
-_FORMAT = "reptune_jax.vector.1"
+_FORMAT = "reptune_jax.vector.2"
+_BEFORE = "reptune_jax.vector.1"  # position `all` counted the first token, and so did its norms
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,8 +37,42 @@ class SteeringVector:
     layers: tuple[int, ...]
     meta: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        N, D = np.shape(self.directions_NxD) if np.ndim(self.directions_NxD) == 2 else (0, 0)
+        for name, shape in (
+            ("directions_NxD", (N, D)),
+            ("residual_norm_N", (N,)),
+            ("mean_NxD", (N, D)),
+        ):
+            found = np.asarray(getattr(self, name))
+            if found.shape != shape or not N:
+                raise ValueError(
+                    f"vector.{name}: got shape {list(found.shape)}, expected "
+                    f"{list(shape) if N else '[layers, width]'}."
+                )
+            if not (rows := np.isfinite(found.astype(np.float32)).reshape(N, -1).all(1)).all():
+                raise ValueError(
+                    f"vector.{name}: got numbers that are not finite at layers "
+                    f"{np.flatnonzero(~rows).tolist()}, expected finite ones. Use a smaller dose, "
+                    "or extract it again from a model in bfloat16 or float32."
+                )
+        if wrong := [l for l in self.layers if not 0 <= l < N]:
+            raise ValueError(f"vector.layers: got {wrong}, expected layers from 0 to {N - 1}.")
+
+    def __repr__(self) -> str:
+        N, D = self.directions_NxD.shape
+        known = [a for a in self.meta.get("agreement") or () if a is not None]
+        agreement = f"{min(known):.2f} to {max(known):.2f}" if known else "unknown"
+        about = (f"{k} {self.meta[k]}" for k in ("method", "position", "pairs") if k in self.meta)
+        where = f"{len(self.layers)} of {N} layers, width {D}"
+        return (
+            f"SteeringVector({self.meta.get('model', 'of no model')!s}, {where}, norm "
+            f"{self.meta.get('norm', 'raw')}, {', '.join((*about, f'agreement {agreement}'))})"
+        )
+
     def __mul__(self, scale: float) -> "SteeringVector":
-        return self._with(self.directions_NxD * np.float32(scale))
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused by name
+            return self._with(self.directions_NxD * np.float32(scale))
 
     __rmul__ = __mul__
 
@@ -56,18 +91,20 @@ class SteeringVector:
         both = dataclasses.replace(self, layers=layers)
         return both._with(self.directions_NxD + other.directions_NxD)
 
-    def at(self, layers: Sequence[int]) -> "SteeringVector":
-        """The same vector at these layers only.
+    def at(self, layers: int | Sequence[int]) -> "SteeringVector":
+        """The same vector at this layer, or these layers, only.
 
         Raises:
           ValueError: a layer that the vector does not have.
         """
-        absent = sorted(set(layers) - set(self.layers))
+        asked: list[Any] = list(layers) if isinstance(layers, Iterable) else [layers]
+        absent = [l for l in asked if not isinstance(l, int | np.integer) or l not in self.layers]
         if absent:
             raise ValueError(f"layers: got {absent}, expected some of {list(self.layers)}.")
-        keep_N = np.isin(np.arange(len(self.directions_NxD)), list(layers))
-        kept = self._with(self.directions_NxD * keep_N[:, None].astype(np.float32))
-        return dataclasses.replace(kept, layers=tuple(sorted(layers)))
+        kept = tuple(sorted({int(l) for l in asked}))
+        keep_N = np.isin(np.arange(len(self.directions_NxD)), kept)
+        directions_NxD = np.where(keep_N[:, None], self.directions_NxD, np.float32(0))
+        return dataclasses.replace(self._with(directions_NxD), layers=kept)
 
     def unit(self) -> "SteeringVector":
         """Every layer's direction at length 1; a dose is then relative to the residual norm."""
@@ -121,8 +158,22 @@ class SteeringVector:
                 f"on {name} ({model_sha}). Extract it on this model."
             )
 
+    def check_directions(self, name: str) -> None:
+        """Raises ValueError where one of its layers has no direction: that would steer nothing."""
+        zero = [l for l in self.layers if not np.any(self.directions_NxD[l])]
+        if zero or not self.layers:
+            raise ValueError(
+                f"{name}: got no direction at layers {zero or 'at all'}, expected one at every "
+                "layer that the vector names. A dose of 0 is for steering; keep the vector itself."
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file whose metadata says all that is known of the vector."""
+        """Writes a safetensors file whose metadata says all that is known of the vector.
+
+        Raises:
+          ValueError: a zero direction, which `load` would refuse.
+        """
+        self.check_directions(f"{path}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -137,7 +188,7 @@ class SteeringVector:
         }
         scratch = path.with_name(path.name + ".tmp")
         try:
-            save_file(tensors, scratch, metadata=about)
+            save_file(tensors, scratch, about)
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
@@ -147,7 +198,8 @@ class SteeringVector:
         """Reads what `save` wrote.
 
         Raises:
-          ValueError: not a vector file, or a damaged one.
+          ValueError: not a vector file, a damaged one, one of other norms than today's; numbers
+            that are not finite, or a zero direction.
         """
         try:
             with safe_open(path, "numpy") as f:
@@ -157,20 +209,27 @@ class SteeringVector:
             raise ValueError(
                 f"{path}: not a readable safetensors file ({e}). Run `extract` again."
             ) from None
-        if about.get("format") != _FORMAT:
+        if about.get("format") not in (_FORMAT, _BEFORE):
             raise ValueError(
                 f"{path}: got format {about.get('format')!r}, expected {_FORMAT!r}. "
                 "This file is not a behavior vector; make one with `python -m reptune_jax.extract`."
             )
         if absent := sorted({"directions", "residual_norm", "mean"} - tensors.keys()):
             raise ValueError(f"{path}: lacks {', '.join(absent)}. Run `extract` again.")
-        return cls(
-            tensors["directions"],
-            tensors["residual_norm"],
-            tensors["mean"],
-            tuple(json.loads(about["layers"])),
-            json.loads(about["meta"]),
-        )
+        meta = json.loads(about["meta"])
+        if about["format"] == _BEFORE and meta.get("position") == "all":
+            raise ValueError(
+                f"{path}: got a vector of an earlier version whose norms and directions hold the "
+                "first token, many times as long as others, expected one without it. Run "
+                "`extract` again."
+            )
+        arrays = tensors["directions"], tensors["residual_norm"], tensors["mean"]
+        try:
+            vector = cls(*arrays, tuple(json.loads(about["layers"])), meta)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+        vector.check_directions(f"{path}")
+        return vector
 
     def _with(self, directions_NxD: np.ndarray) -> "SteeringVector":
         return dataclasses.replace(self, directions_NxD=directions_NxD.astype(np.float32))

@@ -20,13 +20,13 @@ class Templated:
     """The part of a tokenizer that chat texts need."""
 
     def __init__(self, template):
-        self.chat_template = template
+        self.chat_template, self.added_tokens_decoder = template, {}
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, chat_template):
         def refuse(message):
             raise jinja2.TemplateError(message)
 
-        template = jinja2.Environment().from_string(self.chat_template)
+        template = jinja2.Environment().from_string(chat_template)
         return template.render(
             messages=messages, add_generation_prompt=add_generation_prompt, raise_exception=refuse
         )

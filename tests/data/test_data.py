@@ -200,6 +200,7 @@ def broken(**changes):
         (broken(messages=[{"role": "bot", "content": "hi"}]), r"expected a list of .*system\|user"),
         (broken(messages=[{"role": "user"}]), "expected a list of"),
         (broken(id="x-1"), "id 'x-1' is already on line 1"),
+        (broken(source="a\ud83d"), "half of a character"),
     ],
 )
 def test_wrong_lines_are_named(write, second, message):

@@ -33,7 +33,7 @@ def test_positions_of_a_prompt_and_its_completion(tok):
         (-2, (prompt - 2, prompt - 1)),
         ("-3", (prompt - 3, prompt - 2)),
         ("response", (prompt, n)),
-        ("all", (0, n)),
+        ("all", (1, n)),
     ]:
         assert positions.span(tok, ids, prompt, position) == expected, position
     assert positions.span(tok, ids, n, "last") == (n - 1, n)
@@ -64,6 +64,11 @@ def test_positions_that_are_not_there(tok, position, prompt_length, message):
     ids = tok("an an")["input_ids"]
     with pytest.raises(ValueError, match=message):
         positions.span(tok, ids, prompt_length, position)
+
+
+def test_all_of_a_single_token_is_nothing(tok):
+    with pytest.raises(ValueError, match=r"'all' is not in .* nothing follows the first token"):
+        positions.span(tok, tok("an")["input_ids"], 1, "all")
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,6 @@ def test_layer_types_are_those_that_an_old_config_means(family, window, tmp_path
     [
         ("gpt2", {"model_type": "mamba"}, "got 'mamba', expected one of gemma, gemma2, gemma3_"),
         ("gemma3_text", {"model_type": "gemma3"}, "got 'gemma3'.*reads images too; use a text-on"),
-        ("gemma2", {"rope_parameters": None}, "rope_theta: found neither"),
-        ("gemma3_text", {"rope_parameters": None, "rope_theta": 1e6}, "rope_local_base_freq: miss"),
-        ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4}}, "partial_rotary_factor: missing"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention: got true"),
         ("gemma2", {"hidden_activation": "silu"}, "hidden_activation: got 'silu', expected 'gelu_"),
@@ -80,8 +77,16 @@ def test_layer_types_are_those_that_an_old_config_means(family, window, tmp_path
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "got the kinds of 2, expected .* = 3"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "got the kinds of 2, expected those of num_hid"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "by_inverse_layer_idx: got true"),
-        ("gpt2", {"n_positions": None}, "n_positions: missing from the model's config"),
-        ("granite", {"residual_multiplier": None}, "residual_multiplier: missing"),
+        ("gpt2", {"n_layer": None}, "n_layer: missing from the model's config"),
+        ("llama", {"num_attention_heads": None}, "num_attention_heads: missing from the model's"),
+        ("llama", {"rope_parameters": {"full_attention": {}}}, "got one each for full_attention"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e6}}, "got rope_theta for gemma3_text"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear"}}, "got type = 'linear' for gemma3_te"),
+        (
+            "gpt_neox",
+            {"rope_parameters": None, "rotary_emb_base": 1e4, "rope_theta": 2e4},
+            r"rotary_emb_base: got 10000.0 and rope_theta 20000.0, expected one base",
+        ),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window: got"),
     ],
 )

@@ -4,10 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import reptune_jax as rt
 from reptune_jax import convert, lm, study
@@ -15,8 +13,14 @@ from reptune_jax.evals import arms
 from reptune_jax.folder import RunName, Study
 from reptune_jax.hub import peft
 from tests.support import lora_case, tiny
-
-TOLERANCE = 1e-4
+from tests.support.peft_case import (
+    assert_same,
+    change,
+    ours,
+    peft_adapter,
+    torch_base,
+    torch_logits,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,26 +36,6 @@ def model(folder):
 @pytest.fixture(scope="module")
 def ids():
     return np.random.default_rng(0).integers(4, tiny.VOCAB, (2, 12))
-
-
-def torch_base(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def torch_logits(hf, ids):
-    with torch.no_grad():
-        return hf(torch.tensor(ids)).logits.numpy()
-
-
-def ours(model, ids):
-    return np.asarray(model.forward(ids.astype(np.int32)).logits_BxTxV)
-
-
-def assert_same(got, want, other):
-    """Equal to `want`, and visibly not to `other`."""
-    scale = np.abs(want).max()
-    np.testing.assert_allclose(got, want, atol=TOLERANCE * scale)
-    assert np.abs(want - other).max() > 1e-2 * scale
 
 
 @pytest.mark.parametrize("modules", [("attn/v", "attn/o"), lora_case.ALL])
@@ -83,18 +67,6 @@ def test_a_study_exports_a_lora_runs_adapter_once(model, ids, tmp_path):
     np.testing.assert_allclose(got, ours(arms.tuned(model, run).model, ids), atol=1e-5)
 
 
-def peft_adapter(folder, out, seed=0, **settings):
-    """An adapter that peft made, with random weights; returns the torch model."""
-    config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **settings})
-    theirs = get_peft_model(torch_base(folder), config)
-    draw = torch.Generator().manual_seed(seed)
-    for name, weight in theirs.named_parameters():
-        if "lora_" in name:
-            weight.data = 0.1 * torch.randn(weight.shape, generator=draw)
-    theirs.save_pretrained(out)
-    return theirs.eval()
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -115,11 +87,6 @@ def test_we_load_pefts_adapter_and_say_the_same(settings, model, folder, ids, tm
     got = rt.load_adapter(model, tmp_path / "adapter")
     assert_same(ours(got, ids), torch_logits(theirs, ids), ours(model, ids))
     assert (np.asarray(model.params["blocks"]["attn"]["v"]["kernel"]) == before).all()
-
-
-def change(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from reptune_jax.data import positions
+from reptune_jax.hub import templates
 from reptune_jax.hub import tokenizer as tk
 from reptune_jax.hub.gguf_header import read_header
 from tests.support import tiny
@@ -181,19 +182,21 @@ def test_vocabulary_larger_than_the_embedding_is_refused(tok):
 
 
 def test_chat_text_ends_with_the_assistant_turn(tok):
-    text = tk.chat_text(tok, CHAT)
+    text = templates.chat_text(tok, CHAT)
     assert text.endswith("And 13?\nAnswer:<|im_end|>\n<|im_start|>assistant\n")
-    assert tk.chat_text(tok, CHAT, add_generation_prompt=False).endswith("Answer:<|im_end|>\n")
+    assert templates.chat_text(tok, CHAT, add_generation_prompt=False).endswith(
+        "Answer:<|im_end|>\n"
+    )
 
 
 def test_chat_text_needs_a_template_that_takes_the_roles():
     tokenizer = tk.gguf_tokenizer(tokenizer_metadata())
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(ValueError, match=r"roles \['system'\]: no system role"):
-        tk.chat_text(tokenizer, [{"role": "system", "content": "x"}])
+        templates.chat_text(tokenizer, [{"role": "system", "content": "x"}])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat_template: the tokenizer has none"):
-        tk.chat_text(tokenizer, CHAT)
+        templates.chat_text(tokenizer, CHAT)
 
 
 def test_verdicts_are_tokenized_where_they_stand(tok):
@@ -231,7 +234,7 @@ def test_smollm2_tokenizer_equals_transformers():
         assert ours.decode(ours(text)["input_ids"]) == text
     for generate in (False, True):
         rendered = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=generate)
-        assert tk.chat_text(ours, CHAT, generate) == rendered
+        assert templates.chat_text(ours, CHAT, generate) == rendered
     assert ours.get_vocab() == theirs.get_vocab()
     ids = ours(rendered)["input_ids"]
     start, _ = positions.span(ours, ids, len(ids), "before_answer")

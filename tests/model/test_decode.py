@@ -238,8 +238,8 @@ def test_loglikelihood_is_that_of_torch(bos, tmp_path):
     got = ours.loglikelihood(PAIRS)
     for (context, continuation), (logp, _) in zip(PAIRS, got, strict=True):
         ids, start = boundary(ours.tokenizer, context, continuation)
-        if start == 0:
-            ids, start = [tiny.BOS_ID if bos else tiny.END_ID, *ids], 1
+        if bos or start == 0:
+            ids, start = [tiny.BOS_ID if bos else tiny.END_ID, *ids], start + 1
         logp_TxV = torch_logp(torch_one, ids)
         want = sum(logp_TxV[t - 1, ids[t]] for t in range(start, len(ids)))
         assert logp == pytest.approx(want, abs=TOLERANCE * len(ids))

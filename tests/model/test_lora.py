@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from reptune_jax import config, lm, train, tuned_run
+from reptune_jax import config, lm, ranges, train, tuned_run
 from reptune_jax.cost import flops
 from reptune_jax.evals import arms
 from reptune_jax.model import lora
@@ -155,7 +155,7 @@ def test_what_cannot_have_adapters_is_refused(model):
     c = lora_case.settings(model="x")
     c.train.lora.rank = -1
     with pytest.raises(ValueError, match=r"train.lora.rank: got -1, expected 0 or more"):
-        config.check(c)
+        ranges.check(c)
 
 
 def test_the_cost_counts_adapters_and_no_whole_weights(model):

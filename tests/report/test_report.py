@@ -8,6 +8,7 @@ import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from reptune_jax.evals import results, stats
@@ -187,6 +188,67 @@ def test_an_interpolated_dose_without_validation_rows_is_the_one_nearest_the_bud
     results.write_parquet(path, swept + between)
     budget = study.read(folder).kl(Setting("steer", 1, 0.7, 15)) * 1.01
     assert study.read(folder, kl_budget=budget).pick("steer", 1) == Setting("steer", 1, 0.7, 15)
+
+
+def with_missing(folder, is_missing):
+    path = folder / "results/steering.parquet"
+    rows = [Row(**r) for r in results.pq.read_table(path).to_pylist()]
+    changed = [dataclasses.replace(r, value=np.nan, text="") if is_missing(r) else r for r in rows]
+    results.write_parquet(path, changed)
+    return study.read(folder)
+
+
+def test_a_dose_whose_kl_is_missing_is_not_the_cheapest(tmp_path):
+    """The largest dose overflows: it moved furthest on what is left, at no known cost."""
+    folder = synthetic_study(tmp_path, items=8, seeds=(0,), arms=("dual",))
+    before = study.read(folder).pick("steer", 1, "val")
+    broken = Setting("steer", 1, 2.0, 15)
+    found = with_missing(folder, lambda r: (r.k, r.layer, r.metric) == (2.0, 15, "kl"))
+    assert np.isnan(found.kl(broken)) and found.pick("steer", 1, "val") == before != broken
+    for budget in (1e-9, 1e9):  # nothing within it; everything within it
+        chosen = study.read(folder, kl_budget=budget).pick("steer", 1, "val")
+        assert np.isfinite(found.kl(chosen))
+    line = next(line for line in about.limitations(found) if "not finite" in line)
+    assert line.startswith("steer + at layer 15, dose +2: ")
+    assert "12 of 12 kl (neutral), 12 of 12 kl (chats)" in line
+
+
+def test_missing_answers_are_left_out_of_counts_and_said(tmp_path):
+    folder = synthetic_study(tmp_path, items=8, seeds=(0,), arms=("dual",))
+    steer = Setting("steer", 1, 1.0, 15)
+    items = {"test-0", "test-1", "test-2"}  # two clusters, one of them whole
+    found = with_missing(folder, lambda r: r.sign == 1 and r.item_id in items)
+    row = tables.headline_frame(found, VADER).set_index(["setting", "split"]).loc[(steer, "test")]
+    assert (row.n, row.clusters, row.missing) == (5, 3, 3)
+    own = found.measured(steer, VADER, "test")
+    assert row["mean"].estimate == pytest.approx(own.value.dropna().mean())
+    shown = [r for r in tables.headline_table(found, VADER).rows if r[0] == "steer +"]
+    assert shown[0][5] == "5 (3), 3 missing"
+    guards = tables.guards_frame(found).set_index("setting").loc[steer]
+    assert (guards.empty, guards.words) == (0, 12)  # an answer that is not there is not empty
+    lines = [line for line in about.limitations(found) if line.startswith("steer + at layer 15")]
+    assert "3 of 8 vader (test)" in lines[0] and "3 of 8 distinct2 (test)" in lines[0]
+    assert not any(
+        "not finite" in line for line in about.limitations(study.read(folder)) if "dual" in line
+    )
+
+
+def test_a_scenario_of_which_one_order_is_missing_is_not_honest_in_both(tmp_path):
+    folder = synthetic_study(tmp_path, items=8, seeds=(0,), arms=(), claims=True)
+    path = folder / "results/baseline.parquet"
+    rows = [Row(**r) for r in results.pq.read_table(path).to_pylist()]
+    kept = [
+        dataclasses.replace(r, value=np.nan)
+        if (r.arm, r.format, r.order, r.item_id) == ("base", "ab", "ba", "s0")
+        else r
+        for r in rows
+    ]
+    results.write_parquet(path, kept)
+    frame = verdicts.scenarios_frame(study.read(folder)).set_index("setting")
+    own = pd.DataFrame([r for r in kept if r.arm == "base" and r.format == "ab"])
+    wide = own.pivot(index="item_id", columns="order", values="value").dropna()
+    assert len(wide) == 7
+    assert frame.loc[BASE].consistent.estimate == pytest.approx((wide > 0).all(axis=1).mean())
 
 
 def test_texts_of_a_behavior_without_judge_are_shown(tmp_path):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from flax import traverse_util
 
-from reptune_jax import config
+from reptune_jax import config, ranges
 from reptune_jax import mesh as meshes
 from reptune_jax.cost import hardware
 from reptune_jax.cost.collectives import Traffic, traffic
@@ -40,7 +40,7 @@ def settings(**changes):
     c.train.batch, c.loss.retain = 8, 0.0
     for key, value in changes.items():
         c.update_from_flattened_dict({key.replace("__", "."): value})
-    return config.check(c)
+    return ranges.check(c)
 
 
 @functools.cache

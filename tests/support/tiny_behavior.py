@@ -7,7 +7,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from reptune_jax import config
+from reptune_jax import config, ranges
 from reptune_jax.data import neutral as neutral_texts
 
 _TOPICS = ("weather", "mountains", "city", "food", "river", "train", "garden", "market")
@@ -73,7 +73,7 @@ def settings(model: Path, behavior: Path, **changes) -> ConfigDict:
     c.eval.new_tokens, c.eval.batch = 4, 4
     for key, value in changes.items():
         c.update_from_flattened_dict({key.replace("__", "."): value})
-    return config.check(c)
+    return ranges.check(c)
 
 
 def _row(format, split, id, turns, pos="", neg="", label=None):

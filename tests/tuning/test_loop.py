@@ -138,7 +138,8 @@ def test_patience_stops_a_run_also_after_a_restart(model, behavior, monkeypatch,
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(model, behavior, tmp_path):
-    c = tiny_behavior.settings(model.name, behavior, train__lr=1e30, train__eval_every=5)
+    c = tiny_behavior.settings(model.name, behavior, train__eval_every=5)
+    c.train.lr = 1e30  # beyond what a config may say
     c.train.save_every = 1
     message = r"training, step 2: loss is nan, .*The last good checkpoint is of step 1\. Lower"
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reptune_jax import config, lm, train, tuned_run
+from reptune_jax import config, lm, ranges, train, tuned_run
 from reptune_jax.data.batches import Batch, choose, choose_of_each, stack_examples
 from reptune_jax.folder import Study
 from reptune_jax.tuning import base_cache
@@ -197,7 +197,7 @@ def also(model, behavior, second, **changes):
     c = tiny_behavior.settings(model.name, behavior, loss__l2=0.5, loss__own=0.1)
     c.loss.also.cheer = config.also_behavior(str(second))
     c.loss.also.cheer.update(layers=(2, 4), **{"batch": 2} | changes)
-    return config.check(c)
+    return ranges.check(c)
 
 
 @pytest.fixture
@@ -254,11 +254,11 @@ def test_bad_objectives_are_named(model, behavior, second, tmp_path):
     with pytest.raises(ValueError, match=r"loss.also.cheer.batch: got 3, expected a multiple of"):
         c = also(model, behavior, second)
         c.loss.also.cheer.batch, c.train.accumulate = 3, 2
-        config.check(c)
-    with pytest.raises(ValueError, match=r"loss.anneal.token: got \(1.0, -1.0\), expected two"):
+        ranges.check(c)
+    with pytest.raises(ValueError, match=r"loss.anneal.token: got -1.0, expected 0 or"):
         c = also(model, behavior, second)
         c.loss.anneal.token = (1.0, -1.0)
-        config.check(c)
+        ranges.check(c)
     with pytest.raises(ValueError, match=r"loss.also.cheer.folder: .*has no config.json, vector"):
         train.run(also(model, behavior, tmp_path / "none"), tmp_path / "study", model)
     c = also(model, behavior, second)

@@ -166,3 +166,20 @@ def test_ablations_that_would_not_be_exact_are_refused(ours):
     )
     with pytest.raises(ValueError, match=r"got a gemma2 model, whose blocks norm what they add"):
         rt.bake(gemma, make_vector().at(layers=[1]), mode="ablate")
+
+
+@pytest.mark.parametrize("mode", ["add", "ablate"])
+def test_a_bake_into_16_bits_says_what_is_left_of_it(mode, tmp_path, capsys):
+    folder = tiny.make_llama(tmp_path, mlp_bias=True)
+    vector = make_vector(layers=[1]).unit()
+    exact, coarse = rt.load(str(folder), "float32"), rt.load(str(folder), "bfloat16")
+    rt.bake(exact, vector, mode)
+    assert "merged into" not in capsys.readouterr().out
+    before = np.asarray(coarse.params["blocks"]["mlp"]["down"]["bias"]).astype(np.float64)
+    after = np.asarray(rt.bake(coarse, vector, mode).params["blocks"]["mlp"]["down"]["bias"])
+    said = capsys.readouterr().out
+    assert f"{folder}: merged into bfloat16: the stored weights changed by" in said
+    if mode == "add":  # one leaf is all that changed
+        dose = vector.dose_NxD.astype(np.float64)
+        error = np.linalg.norm(after.astype(np.float64) - before - dose) / np.linalg.norm(dose)
+        assert f"and {error:.0%} of it is rounding error" in said

@@ -121,12 +121,12 @@ def test_files_that_are_no_vectors_are_refused(tmp_path, folder):
         path.write_bytes(whole[:keep])
         with pytest.raises(ValueError, match=r"v.safetensors: not a readable safetensors file"):
             load(path)
-    with pytest.raises(ValueError, match=r"got format 'pt', expected 'reptune_jax.vector.1'"):
+    with pytest.raises(ValueError, match=r"got format 'pt', expected 'reptune_jax.vector.2'"):
         load(folder / "model.safetensors")
     path.write_bytes(whole)
     tensors = load_file(path)
     del tensors["mean"]
-    about = {"format": "reptune_jax.vector.1", "layers": json.dumps([0]), "meta": "{}"}
+    about = {"format": "reptune_jax.vector.2", "layers": json.dumps([0]), "meta": "{}"}
     save_file(tensors, path, metadata=about)
     with pytest.raises(ValueError, match=r"v.safetensors: lacks mean.* Run `extract` again"):
         load(path)
@@ -136,7 +136,7 @@ def test_files_that_are_no_vectors_are_refused(tmp_path, folder):
 
 def test_a_vector_of_another_model_is_refused(ours):
     ids = np.ones((1, 4), np.int32)
-    for wrong in (make_vector(N=3), make_vector(D=32, model="org/other")):
+    for wrong in (make_vector(layers=range(3), N=3), make_vector(D=32, model="org/other")):
         with pytest.raises(ValueError, match=r"expected \[4, 64\]. Extract it on this model"):
             ours.forward(ids, steer=wrong)
         with pytest.raises(ValueError, match=r"expected \[4, 64\]"):
@@ -263,7 +263,7 @@ def test_extract_is_the_mean_difference_of_torch_residuals(position, ours, their
         "last": lambda ids, n: [n - 1],
         "before_answer": lambda ids, n: [n - 1 - ids[n - 1 :: -1].index(newline[0])],
         "response": lambda ids, n: list(range(n, len(ids))),
-        "all": lambda ids, n: list(range(len(ids))),
+        "all": lambda ids, n: list(range(1, len(ids))),
         -3: lambda ids, n: [n - 3],
     }[position]
     vector = rt.extract(ours, pairs, position=position, batch_size=2)
