@@ -74,7 +74,7 @@ def default() -> ConfigDict:
     c.targets.dose = 0.0  # persona answers written under this dose of the vector too
     c.targets.layers = (15,)  # … added at these layers
     c.targets.max_repeat = 0.1  # answers that repeat more of their 4-token runs are dropped
-    c.targets.keep_ending = True  # p(the answer ends) stays the base's at every token of them
+    c.targets.keep_ending = True  # labels hold p(the answer ends) at the base's: helps little yet
     c.targets.best_share = 1.0  # the best share of the rest by the model's own persona odds
     c.loss = _loss()
     c.train = _train()
