@@ -164,7 +164,7 @@ def _train() -> ConfigDict:
     c.cache_gib = 4.0  # host memory for what enters the lowest trained layer; 0 = computed anew
     c.flash = True  # flash attention in training, where machine and model allow it
     c.log_every = 5
-    c.measure_every = 10  # gradient norm of each loss alone: three more backward passes
+    c.measure_every = 10  # gradient norm of each loss alone: three more backward passes; 0 = never
     c.eval_every = 10
     c.val_rows = 0  # validation rows, 0 = all
     c.patience = 3  # evaluations without improvement before stopping; 0 = never

@@ -88,7 +88,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "train.remat": ("none", "dots", "full"),
     "train.cache_gib": _COUNT,
     "train.log_every": _AT_LEAST_ONE,
-    "train.measure_every": _AT_LEAST_ONE,
+    "train.measure_every": _COUNT,
     "train.eval_every": _AT_LEAST_ONE,
     "train.val_rows": _COUNT,
     "train.patience": _COUNT,

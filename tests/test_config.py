@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from flax import traverse_util
 
-from reptune_jax import config, program, ranges, train
+from reptune_jax import command_line, config, program, ranges, train
 from tests.support import tiny, tiny_behavior
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_only_messages_meant_for_the_user_replace_a_traceback(capsys, monkeypatc
         ({"train__b2": 2.0}, "train.b2: got 2.0, expected 0 or more, at most"),
         ({"train__log_every": 0}, "train.log_every: got 0"),
         ({"train__eval_every": -1}, "train.eval_every: got -1"),
-        ({"train__measure_every": 0}, "train.measure_every: got 0"),
+        ({"train__measure_every": -1}, "train.measure_every: got -1"),
         ({"train__lr": 0.0}, "train.lr: got 0.0, expected more than 0, at most 1"),
         ({"train__lr": float("nan")}, "train.lr: got nan"),
         ({"train__lr": float("inf")}, "train.lr: got inf"),
@@ -161,6 +162,17 @@ def test_values_of_names_that_a_user_chose_are_checked():
     c.loss.also.other.batch = 0
     with pytest.raises(ValueError, match=r"loss.also.other.batch: got 0, expected 1 or more"):
         ranges.check(c)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sentiment", "sentiment:quick", "sentiment:persona", "honesty", "scale", "scale:llama-3-8b"],
+)
+def test_shipped_configs_are_within_their_ranges(name):
+    path, _, argument = command_line.find_config(name).partition(":")
+    c = runpy.run_path(path)["get_config"](*filter(None, [argument]))
+    c.model = c.model or "model"
+    assert ranges.check(c)
 
 
 def test_every_number_has_a_range_and_every_range_a_key():
