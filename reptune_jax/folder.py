@@ -67,6 +67,26 @@ class _Folder:
     config = _at("config.json")
     vector = _at("vector.safetensors")
 
+    def check(self, c: ConfigDict) -> None:
+        """Raises ValueError where it belongs to another config."""
+        _check(self, self._own(c))
+
+    def claim(self, c: ConfigDict) -> None:
+        """Makes it this config's.
+
+        Raises:
+          ValueError: it belongs to another one.
+        """
+        _claim(self, self._own(c))
+
+    def rests_on(self) -> tuple[str, ...] | None:
+        """The keys that what is there depends on; None = all."""
+        raise NotImplementedError
+
+    def _own(self, c: ConfigDict) -> dict[str, Any]:
+        """The values that it belongs to."""
+        raise NotImplementedError
+
 
 class Run(_Folder):
     """One tuned run's folder."""
@@ -92,23 +112,10 @@ class Run(_Folder):
         """Marks it as finished."""
         distributed.once(lambda: write_whole(self.done, json.dumps(about) + "\n"))
 
-    def check(self, c: ConfigDict) -> None:
-        """Raises ValueError where it belongs to another config; which runs there are may grow."""
-        _check(self, self._own(c))
-
-    def claim(self, c: ConfigDict) -> None:
-        """Makes it this config's.
-
-        Raises:
-          ValueError: it belongs to another one.
-        """
-        _claim(self, self._own(c))
-
     def rests_on(self) -> tuple[str, ...] | None:
-        """The keys that what is there depends on; None = all."""
         return None if self.results.exists() or any(self.checkpoints.glob("*")) else ()
 
-    def _own(self, c: ConfigDict) -> dict[str, Any]:
+    def _own(self, c: ConfigDict) -> dict[str, Any]:  # which runs the study has may grow
         return configs.without(c.to_dict(), "study", "declared")
 
 
@@ -160,20 +167,7 @@ class Study(_Folder):
         """The runs that logged anything."""
         return [Run(path.parent) for path in sorted(self.path.glob("**/metrics.jsonl"))]
 
-    def check(self, c: ConfigDict) -> None:
-        """Raises ValueError where it belongs to another config, whichever run that describes."""
-        _check(self, self._own(c))
-
-    def claim(self, c: ConfigDict) -> None:
-        """Makes it this config's.
-
-        Raises:
-          ValueError: it belongs to another one.
-        """
-        _claim(self, self._own(c))
-
     def rests_on(self) -> tuple[str, ...] | None:
-        """The keys that what is there depends on; None = all."""
         if self.runs() or self.results():
             return None
         return configs.OF_VECTOR if self.vector.exists() or self.targets.exists() else ()
@@ -228,12 +222,12 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def _check(folder: Run | Study, values: dict[str, Any]) -> None:
+def _check(folder: _Folder, values: dict[str, Any]) -> None:
     distributed.same(config=configs.digest(values))
     distributed.once(lambda: _changed(folder, _as_stored(values)))
 
 
-def _claim(folder: Run | Study, values: dict[str, Any]) -> None:
+def _claim(folder: _Folder, values: dict[str, Any]) -> None:
     distributed.same(config=configs.digest(values))
     distributed.once(lambda: _write_config(folder, _as_stored(values)))
     if not distributed.everywhere(folder.config.exists()):
@@ -247,7 +241,7 @@ def _as_stored(values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(configs.without(values, "shown")))  # tuples become lists
 
 
-def _write_config(folder: Run | Study, values: dict[str, Any]) -> None:
+def _write_config(folder: _Folder, values: dict[str, Any]) -> None:
     changed = _changed(folder, values)
     if changed:
         say(f"{folder.path}: {'; '.join(changed)}. Nothing that is there depends on it.")
@@ -256,7 +250,7 @@ def _write_config(folder: Run | Study, values: dict[str, Any]) -> None:
         write_whole(folder.config, json.dumps({"config": values, **environment()}, indent=1) + "\n")
 
 
-def _changed(folder: Run | Study, values: dict[str, Any]) -> list[str]:
+def _changed(folder: _Folder, values: dict[str, Any]) -> list[str]:
     """What differs from the folder's config, if nothing that is there depends on it."""
     if not folder.config.exists():
         return []
