@@ -85,7 +85,8 @@ def keep_endings(examples: Examples, model: Model, batch: int) -> Examples:
             return score.endings(model.decoder, model.params, *rows, stop_S)
 
         _endings[key] = model.in_batches(compute, inputs, batch)
-    ends_BxLxC: np.ndarray = np.isin(examples.target_BxLxC, stop_S)
+    # Where there are fewer candidates the rest are token 0, which may be a stop token, of weight 0.
+    ends_BxLxC = np.isin(examples.target_BxLxC, stop_S) & (examples.weight_BxLxC > 0)
     p_BxLxS = _endings[key] * ~ends_BxLxC.any(-1, keepdims=True)
     weight_BxLx1 = examples.weight_BxLxC.sum(-1, keepdims=True)
     shares = [examples.weight_BxLxC * (1 - p_BxLxS.sum(-1, keepdims=True)), weight_BxLx1 * p_BxLxS]

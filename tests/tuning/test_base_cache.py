@@ -111,6 +111,19 @@ def test_labels_leave_the_untuned_models_probability_of_ending(model):
     np.testing.assert_allclose(ends_BxL[labels_BxL], want_BxL[labels_BxL], rtol=1e-4)
 
 
+def test_a_candidate_without_weight_is_no_ending(model):
+    model = dataclasses.replace(model, stop_ids=(2, 0))
+    examples = tuning_case.batch(model).examples
+    padded = dataclasses.replace(  # as beside rows with two candidates a label
+        examples,
+        target_BxLxC=np.pad(examples.target_BxLxC, ((0, 0), (0, 0), (0, 1))),
+        weight_BxLxC=np.pad(examples.weight_BxLxC, ((0, 0), (0, 0), (0, 1))),
+    )
+    alone, beside = (base_cache.keep_endings(e, model, 2) for e in (examples, padded))
+    np.testing.assert_array_equal(beside.weight_BxLxC[..., 2:], alone.weight_BxLxC[..., 1:])
+    assert alone.weight_BxLxC[..., 1:].max() > 0
+
+
 def test_answers_that_were_cut_do_not_teach_to_go_on(model):
     c = tuning_case.settings(loss__cosine=0.0, train__layers=(1, 4), loss__layers=(1, 4))
     batch = tuning_case.batch(model)
