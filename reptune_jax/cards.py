@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from reptune_jax.hub.side_files import public_name
-from reptune_jax.report import blocks
+from reptune_jax.report import blocks, outcomes
 from reptune_jax.report import study as studies
 from reptune_jax.report.study import BASE, Setting, Study
 from reptune_jax.tuned_run import TunedRun
@@ -33,6 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("this/folder")
 | trained | layers {first} to {last}, {what} {modules}, {steps} steps of {batch} |
 {arguments}| vector | {method} at position `{position}`, {pairs} pairs, sha256 {sha} |
 | effect on held-out prompts ({measure}) | {effect} against the base model |
+| outcome | {outcome} |
 | KL(base, this) on neutral prose | {kl} nats/token |
 
 Intervals are 95 % bootstrap intervals over prompts. Made with reptune_jax.
@@ -56,6 +57,7 @@ def study_card(c: ConfigDict, study: Study) -> str:
         direction="toward" if c.sign > 0 else "away from",
         behavior=c.behavior,
         arm=c.arm,
+        outcome=outcomes.line(study, setting),
         seed=c.seed,
         first=c.train.layers[0],
         last=c.train.layers[1] - 1,

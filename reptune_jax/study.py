@@ -22,7 +22,7 @@ from reptune_jax.evals.bench import prepare
 from reptune_jax.folder import RunName, Study
 from reptune_jax.hub.export import save_hf
 from reptune_jax.lm import Model
-from reptune_jax.report import html
+from reptune_jax.report import html, outcomes
 from reptune_jax.report import study as studies
 
 
@@ -49,11 +49,14 @@ def run(c: ConfigDict, workdir: Path) -> None:
         with timed("steering: sweep on validation, test of the chosen doses"):
             steering.run(c, workdir, bench)
     with timed("report"):
-        distributed.once(lambda: html.write(studies.read(workdir, c.study.primary or None)))
+        known = studies.read(workdir, c.study.primary or None)
+        distributed.once(lambda: html.write(known))
     if c.study.export:
         with timed("export to Hugging Face"):
             for sign in c.study.signs:
-                export_run(c, study, bench.base, sign)
+                export_run(c, study, bench.base, sign, known)
+    for line in outcomes.headline(known):
+        say(line)
     say(f"done in {time.monotonic() - began:.0f} s. Report: {study.report}")
 
 
@@ -70,7 +73,7 @@ def runs(c: ConfigDict) -> Iterator[ConfigDict]:
                 yield one
 
 
-def export_run(c: ConfigDict, study: Study, base: Model, sign: int) -> None:
+def export_run(c: ConfigDict, study: Study, base: Model, sign: int, known: studies.Study) -> None:
     """The exported arm's first seed as an ordinary checkpoint, with what is known of it."""
     one = c.copy_and_resolve_references()
     one.arm, one.sign, one.seed = c.study.export, sign, c.study.seeds[0]
@@ -82,7 +85,6 @@ def export_run(c: ConfigDict, study: Study, base: Model, sign: int) -> None:
         say(f"{folder}: already there")
         return
     model = arms.tuned(base, study.run(name).path).model
-    known = studies.read(study.path, c.study.primary or None)
     save_hf(model, folder, cards.study_card(one, known))
     say(f"{folder}: an ordinary Hugging Face checkpoint")
 

@@ -9,7 +9,7 @@ from absl import flags
 
 from reptune_jax import command_line, program
 from reptune_jax.console import say
-from reptune_jax.report import html, markdown, study
+from reptune_jax.report import html, markdown, outcomes, study
 
 
 def main() -> None:
@@ -35,7 +35,10 @@ def main() -> None:
         if tables.value:
             print(markdown.render(read))
         else:
-            say(f"report: {html.write(read)}")
+            page = html.write(read)
+            for line in outcomes.headline(read):
+                say(line)
+            say(f"report: {page}")
 
     program.call(lambda: command_line.run(entry, __doc__, shown))
 

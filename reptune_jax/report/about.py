@@ -9,8 +9,8 @@ import numpy as np
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.evals import judges
 from reptune_jax.evals.measures import Measure
+from reptune_jax.report import outcomes
 from reptune_jax.report import study as studies
-from reptune_jax.report import tables
 from reptune_jax.report.blocks import interval, number
 from reptune_jax.report.study import Study
 
@@ -102,7 +102,7 @@ def limitations(study: Study) -> list[str]:
             )
     if study.primary_chosen:
         lines.append("The primary measure was chosen with a flag, not by the study.")
-    absent = [arm for arm in ("prompt", *tables.RIVALS[1:], "dual") if arm not in set(rows.arm)]
+    absent = [arm for arm in ("prompt", *outcomes.RIVALS[1:], "dual") if arm not in set(rows.arm)]
     if absent:
         lines.append(f"Arms not run: {', '.join(absent)}.")
     if not (rows.split == "ood").any():

@@ -7,15 +7,21 @@ import jinja2
 import markupsafe
 
 from reptune_jax.folder import write_whole
-from reptune_jax.report import about, sections, style
+from reptune_jax.report import about, outcomes, sections, style
 from reptune_jax.report.blocks import Plot
 from reptune_jax.report.study import Study
 
 _KINDS = {
-    "good": {"dual ahead", "non-inferior"},
-    "bad": {"dual behind", "inferior"},
-    "open": {"no difference shown", "inconclusive"},
-}
+    "good": {"dual ahead", "non-inferior", outcomes.MOVED},
+    "bad": {
+        "dual behind", "dual collapsed", "both collapsed", "inferior", outcomes.COLLAPSED,
+        outcomes.WRONG_WAY,
+    },
+    "open": {
+        "no difference shown", "rival collapsed", "inconclusive", outcomes.NO_EFFECT,
+        outcomes.NO_BETTER, outcomes.NOT_MEASURED,
+    },
+}  # fmt: skip
 
 
 def write(study: Study) -> Path:
@@ -44,6 +50,7 @@ def render(study: Study, plot_dir: Path | None = None) -> str:
     built = [(section, section.build(study)) for section in sections.SECTIONS]
     return environment.get_template("template.html").render(
         behavior=", ".join(sorted(set(study.rows.behavior))),
+        headline=outcomes.headline(study),
         facts=about.facts(study),
         selection=about.selection(study),
         sections=[(section, blocks) for section, blocks in built if blocks],

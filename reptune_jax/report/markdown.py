@@ -1,14 +1,15 @@
 """The report's tables as Markdown."""
 
-from reptune_jax.report import sections
+from reptune_jax.report import outcomes, sections
 from reptune_jax.report.blocks import Table
 from reptune_jax.report.study import Study
 
 
 def render(study: Study) -> str:
-    """Every section's tables, in the page's order."""
+    """The first lines, then every section's tables, in the page's order."""
     blocks = (block for section in sections.SECTIONS for block in section.build(study))
-    return "\n".join(markdown(block) for block in blocks if isinstance(block, Table))
+    tables = [markdown(block) for block in blocks if isinstance(block, Table)]
+    return "\n".join([*(f"- {line}" for line in outcomes.headline(study)), "", *tables])
 
 
 def markdown(table: Table) -> str:

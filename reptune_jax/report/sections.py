@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from reptune_jax.evals.measures import Measure
-from reptune_jax.report import about, captions, plots, tables, texts, verdicts
+from reptune_jax.report import about, captions, claims, outcomes, plots, tables, texts
 from reptune_jax.report.blocks import Block, Cards, Lines, Plot
 from reptune_jax.report.study import Study
 
@@ -41,8 +41,8 @@ def _claims(study: Study) -> list[Block]:
     formats = {measure.format for measure in study.measures()}
     blocks: list[Block] = []
     if "claim" in formats:
-        blocks += [verdicts.claims_table(study), verdicts.claims_apart_table(study)]
-    return blocks + ([verdicts.scenarios_table(study)] if "ab" in formats else [])
+        blocks += [claims.claims_table(study), claims.claims_apart_table(study)]
+    return blocks + ([claims.scenarios_table(study)] if "ab" in formats else [])
 
 
 def _retention(study: Study) -> list[Block]:
@@ -77,6 +77,7 @@ def _texts(study: Study) -> list[Block]:
 
 
 SECTIONS = (
+    Section("outcome", "Outcome", "Did it work", lambda s: [outcomes.table(s)]),
     Section("effect", "Effect", "Effect on the behavior", _effect),
     Section("family", "Comparisons", "Declared comparisons", _family),
     Section("claims", "Claims", "Discrimination and bias", _claims),

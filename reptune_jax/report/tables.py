@@ -9,12 +9,11 @@ import pandas as pd
 from reptune_jax.evals import stats
 from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.stats import Interval
-from reptune_jax.report import captions
+from reptune_jax.report import captions, outcomes
 from reptune_jax.report import study as studies
 from reptune_jax.report.blocks import Table, interval, number, p_value, percent
 from reptune_jax.report.study import BASE, Study
 
-RIVALS = ("base", "token", "steer", "random")
 _CI = "[95 % CI]"
 _GUARDS = ("distinct2", "rep4", "stopped")
 
@@ -41,42 +40,6 @@ def headline_frame(study: Study, measure: Measure, splits: Iterable[str] = ("tes
         "setting", "split", "mean", "delta", "dz", "against", "n", "clusters", "seeds", "missing",
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
-
-
-def family_frame(study: Study, measure: Measure, split: str = "test") -> Any:
-    """Family A: dual against each rival, both signs; advantage = sign x (dual - rival), Holm."""
-    rows = []
-    for sign in (1, -1):
-        dual = study.pick("dual", sign, split)
-        for rival in RIVALS if dual else ():
-            other = study.pick(rival, sign, split)
-            paired = study.delta(dual, other, measure, split) if dual and other else pd.DataFrame()
-            if paired.empty:
-                continue
-            paired["delta"] *= sign
-            items = studies.per_item(paired)
-            rows.append(
-                {
-                    "sign": sign,
-                    "dual": dual,
-                    "rival": other,
-                    "advantage": studies.interval(paired),
-                    "dz": stats.cohen_dz(items),
-                    "p": stats.sign_flip_p(paired.delta, paired.cluster),
-                    "n": len(items),
-                }
-            )
-    frame = pd.DataFrame(rows, columns=["sign", "dual", "rival", "advantage", "dz", "p", "n"])
-    frame["p_holm"] = stats.holm(frame.p) if len(frame) else []
-    frame["verdict"] = [verdict(a, p) for a, p in zip(frame.advantage, frame.p_holm, strict=True)]
-    return frame
-
-
-def verdict(advantage: Interval, p_adjusted: float, level: float = 0.05) -> str:
-    """A difference is claimed only if the test and the interval both say so."""
-    if p_adjusted < level and advantage.excludes(0):
-        return "dual ahead" if advantage.estimate > 0 else "dual behind"
-    return "no difference shown"
 
 
 def retention_frame(study: Study) -> Any:
@@ -156,7 +119,7 @@ def headline_table(study: Study, measure: Measure) -> Table:
 
 def family_table(study: Study, measure: Measure) -> Table:
     """Family A as text."""
-    frame = family_frame(study, measure)
+    frame = outcomes.family_frame(study, measure)
     rows = [
         [f"{r.dual.name} vs {r.rival.name}", interval(r.advantage), number(r.dz, 2, signed=True)]
         + [p_value(r.p), p_value(r.p_holm), str(r.n), r.verdict]
@@ -164,7 +127,7 @@ def family_table(study: Study, measure: Measure) -> Table:
     ]
     header = ["Comparison", f"Advantage {_CI}", "d_z", "p", "p (Holm)", "Items", "Verdict"]
     done = {r.rival.arm for r in frame.itertuples()}
-    absent = [rival for rival in RIVALS if rival not in done]
+    absent = [rival for rival in outcomes.RIVALS if rival not in done]
     text = captions.FAMILY if measure == study.primary else captions.EXPLORATORY
     caption = text.format(tests=len(frame)) + _budget_note(study)
     caption += f" Not run: {', '.join(absent)}." if absent else ""

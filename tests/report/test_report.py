@@ -16,14 +16,15 @@ from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.results import Row
 from reptune_jax.report import (
     about,
+    claims,
     html,
     markdown,
+    outcomes,
     sections,
     study,
     style,
     tables,
     texts,
-    verdicts,
 )
 from reptune_jax.report.blocks import Table
 from reptune_jax.report.sections import Section
@@ -89,9 +90,9 @@ def test_retention_numbers_are_ratios_of_sums(read, page):
 
 
 def test_family_is_holm_adjusted_over_both_signs(read):
-    frame = tables.family_frame(read, LOGODDS)
+    frame = outcomes.family_frame(read, LOGODDS)
     assert [(r["sign"], r.rival.arm) for _, r in frame.iterrows()] == [
-        (s, rival) for s in (1, -1) for rival in tables.RIVALS
+        (s, rival) for s in (1, -1) for rival in outcomes.RIVALS
     ]
     np.testing.assert_allclose(frame.p_holm, stats.holm(frame.p))
     verdicts = dict(
@@ -110,14 +111,14 @@ def test_identical_arms_show_no_difference(tmp_path):
     mine = [Row(**r) for r in results.pq.read_table(path).to_pylist()]
     twin = [results.dataclasses.replace(r, arm="token") for r in mine if r.metric != "cos"]
     results.write_parquet(folder / "token+_s0/results/tuned.parquet", twin)
-    frame = tables.family_frame(study.read(folder), LOGODDS)
+    frame = outcomes.family_frame(study.read(folder), LOGODDS)
     row = frame[[r.arm == "token" for r in frame.rival]].iloc[0]
     assert (row.advantage.estimate, row.advantage.low, row.advantage.high) == (0, 0, 0)
     assert (row.p, row.verdict) == (1, "no difference shown")
 
 
 def test_claims_follow_the_convention_right_minus_wrong(read, page):
-    frame = verdicts.claims_frame(read).set_index("setting")
+    frame = claims.claims_frame(read).set_index("setting")
     rows = read.rows
     own = rows[(rows.arm == "dual") & (rows["sign"] == 1) & (rows.format == "claim")]
     margin = np.where(own.label == 1, own.value, -own.value)
@@ -135,7 +136,7 @@ def test_claims_follow_the_convention_right_minus_wrong(read, page):
 def test_claims_are_told_apart_by_form_and_polarity(read):
     rows = read.rows[(read.rows.format == "claim")]
     negated = frozenset(rows.item_id[rows.item_id.str.match(r"c[0-4]-")])
-    frame = verdicts.claims_apart_frame(dataclasses.replace(read, negated=negated))
+    frame = claims.claims_apart_frame(dataclasses.replace(read, negated=negated))
     own = rows[(rows.arm == "dual") & (rows["sign"] == 1)]
     for form, chosen in (
         (", negated", own.item_id.isin(negated)),
@@ -150,7 +151,7 @@ def test_claims_are_told_apart_by_form_and_polarity(read):
 
 
 def test_scenarios_average_both_orders(read):
-    frame = verdicts.scenarios_frame(read).set_index("setting")
+    frame = claims.scenarios_frame(read).set_index("setting")
     rows = read.rows
     own = rows[(rows.arm == "base") & (rows.format == "ab")]
     assert frame.loc[BASE].lie.estimate == pytest.approx((1 / (1 + np.exp(own.value))).mean())
@@ -244,7 +245,7 @@ def test_a_scenario_of_which_one_order_is_missing_is_not_honest_in_both(tmp_path
         for r in rows
     ]
     results.write_parquet(path, kept)
-    frame = verdicts.scenarios_frame(study.read(folder)).set_index("setting")
+    frame = claims.scenarios_frame(study.read(folder)).set_index("setting")
     own = pd.DataFrame([r for r in kept if r.arm == "base" and r.format == "ab"])
     wide = own.pivot(index="item_id", columns="order", values="value").dropna()
     assert len(wide) == 7
