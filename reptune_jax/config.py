@@ -74,7 +74,6 @@ def default() -> ConfigDict:
     c.targets.dose = 0.0  # persona answers written under this dose of the vector too
     c.targets.layers = (15,)  # … added at these layers
     c.targets.max_repeat = 0.1  # answers that repeat more of their 4-token runs are dropped
-    c.targets.keep_ending = True  # labels hold p(the answer ends) at the base's: helps little yet
     c.targets.best_share = 1.0  # the best share of the rest by the model's own persona odds
     c.loss = _loss()
     c.train = _train()
@@ -107,6 +106,7 @@ def _loss() -> ConfigDict:
     c.retain = 0.0  # weight of KL(base || tuned) on neutral prose and unrelated chats
     c.l2 = 0.0  # weight of the trained layers' relative squared distance from the base there
     c.own = 0.0  # weight of the cross-entropy on the base's own answers to those chats
+    c.ending = 0.1  # weight of the squared distance of log p(the answer ends) from the base's
     c.mode = "in"  # in: (1 - s cos)/2; out: |cos|; shift: (cos - (base cos + s shift))^2
     c.shift = 0.1  # of mode shift
     c.targets = "behavior"  # behavior: the sign's own; neutral: both signs, half each
@@ -114,7 +114,7 @@ def _loss() -> ConfigDict:
     c.position = "response"  # tokens whose cosine counts
     c.center = False  # cosine from the class mean instead of from zero
     c.anneal = ConfigDict()  # factor of each weight at the first and the last step, linear between
-    for name in ("token", "cosine", "retain", "l2", "own"):
+    for name in ("token", "cosine", "retain", "l2", "own", "ending"):
         c.anneal[name] = (1.0, 1.0)
     c.also = ConfigDict()  # further behaviors of the same run: name -> also_behavior(folder)
     return c

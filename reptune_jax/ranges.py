@@ -54,6 +54,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "loss.retain": _WEIGHT,
     "loss.l2": _WEIGHT,
     "loss.own": _WEIGHT,
+    "loss.ending": _WEIGHT,
     "loss.mode": configs.MODES,
     "loss.shift": Range(-2, 2),
     "loss.targets": ("behavior", "neutral"),

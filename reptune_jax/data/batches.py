@@ -30,6 +30,8 @@ class Examples:
     cosine_BxT: Array
     of_B: Array  # which of the run's behaviors
     base_BxNxT: Array | None = None  # the base model's cosines, where a step refers to them
+    ending_BxL: Array | None = None  # log p(the answer ends here) of the base model
+    goes_on_BxL: Array | None = None  # weight of the labels that are no ending
     below_BxTxD: Array | None = None  # what enters the lowest trained layer, where it is known
     below_cosine_BxMxT: Array | None = None  # and the cosines of the M layers below
 

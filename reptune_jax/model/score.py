@@ -32,12 +32,13 @@ def continuations(decoder, params, prefix, tokens_BxT, mask_BxT, start_B, steer,
 
 @partial(jax.jit, static_argnames=("decoder",))
 def endings(decoder, params, tokens_BxT, mask_BxT, at_BxL, stop_S):
-    """p(the next token is this stop token) at each of L positions, [B, L, S]."""
+    """log p(the next token is one of `stop_S`) at each of L positions, [B, L]."""
     hidden, _ = decoder.apply({"params": params}, tokens_BxT, mask_BxT)
     hidden_BxLxD = jnp.take_along_axis(hidden, at_BxL[..., None], axis=1)
 
     def row(hidden_LxD):
-        return jax.nn.softmax(unembed(decoder, params, hidden_LxD), axis=-1)[:, stop_S]
+        logp_LxV = jax.nn.log_softmax(unembed(decoder, params, hidden_LxD), axis=-1)
+        return jax.nn.logsumexp(logp_LxV[:, stop_S], axis=-1)
 
     return jax.lax.map(row, hidden_BxLxD)
 

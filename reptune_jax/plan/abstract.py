@@ -55,7 +55,7 @@ def step(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> t
     also = dict.fromkeys(c.loss.also, vector)
     objective = jax.tree.map(
         lambda a: struct(a.shape, a.dtype, mesh, PartitionSpec()),
-        make_objective(c, vector, {}, also),
+        make_objective(c, vector, {}, also, stop_ids=(0,)),
     ).replace(frozen=frozen)
     args = (
         state,
@@ -84,6 +84,8 @@ def batch(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> 
         cosine_BxT=rows(B, T, dtype=f32),
         of_B=rows(B),
         base_BxNxT=rows(B, arch.N, T, dtype=f32) if needs_anchors(c) else None,
+        ending_BxL=rows(B, L, dtype=f32) if c.loss.ending else None,
+        goes_on_BxL=rows(B, L, dtype=f32) if c.loss.ending else None,
     )
     if not retains(c):
         return Batch(examples, None)

@@ -1,8 +1,7 @@
 """What the untuned model computes at a run's examples, once instead of in every step.
 
-Base cosines, for losses that hold to them or shift from them; how likely it ends an answer where
-the targets go on; and what enters the lowest trained layer, since nothing below it changes: steps
-then begin there.
+Its cosines and how likely an answer ends, for losses that hold to them or shift from them; and
+what enters the lowest trained layer, since nothing below it changes: steps then begin there.
 """
 
 import collections
@@ -38,8 +37,8 @@ def with_base_values(
     if needs_anchors(c):
         train, val = (add_cosines(x, model, probe, B) for x in (corpus.train, corpus.val))
         corpus = corpus._replace(train=train, val=val)
-    if c.targets.keep_ending and model.stop_ids:
-        train, val = (keep_endings(x, model, B) for x in (corpus.train, corpus.val))
+    if c.loss.ending and model.stop_ids:
+        train, val = (add_endings(x, model, B) for x in (corpus.train, corpus.val))
         corpus = corpus._replace(train=train, val=val)
     sides = {k: getattr(corpus, k) for k in ("train", "val", "retention", "retention_val")}
     sides = {name: side for name, side in sides.items() if side is not None}
@@ -70,12 +69,8 @@ def add_cosines(examples: Examples, model: Model, probe: Probe, batch: int) -> E
     return dataclasses.replace(examples, base_BxNxT=model.in_batches(cosines, inputs, batch))
 
 
-def keep_endings(examples: Examples, model: Model, batch: int) -> Examples:
-    """The examples with the untuned model's probability of ending the answer, at every label.
-
-    Answers that were cut at a length teach that answers go on. So a label is worth 1 - p, and the
-    stop tokens the p that the untuned model gives them there; at that p the loss is lowest.
-    """
+def add_endings(examples: Examples, model: Model, batch: int) -> Examples:
+    """The examples with the untuned model's log p(the answer ends) at every label."""
     inputs = examples.tokens_BxT, examples.mask_BxT, examples.at_BxL
     stop_S = np.array(model.stop_ids, np.int32)
     key = _key(model.sha, model.dtype, stop_S, *inputs)
@@ -86,16 +81,9 @@ def keep_endings(examples: Examples, model: Model, batch: int) -> Examples:
 
         _endings[key] = model.in_batches(compute, inputs, batch)
     # Where there are fewer candidates the rest are token 0, which may be a stop token, of weight 0.
-    ends_BxLxC = np.isin(examples.target_BxLxC, stop_S) & (examples.weight_BxLxC > 0)
-    p_BxLxS = _endings[key] * ~ends_BxLxC.any(-1, keepdims=True)
-    weight_BxLx1 = examples.weight_BxLxC.sum(-1, keepdims=True)
-    shares = [examples.weight_BxLxC * (1 - p_BxLxS.sum(-1, keepdims=True)), weight_BxLx1 * p_BxLxS]
-    stop_BxLxS = np.broadcast_to(stop_S, p_BxLxS.shape)
-    return dataclasses.replace(
-        examples,
-        target_BxLxC=np.concatenate([examples.target_BxLxC, stop_BxLxS], -1),
-        weight_BxLxC=np.concatenate(shares, -1).astype(np.float32),
-    )
+    ends_BxL = (np.isin(examples.target_BxLxC, stop_S) & (examples.weight_BxLxC > 0)).any(-1)
+    goes_on_BxL = examples.weight_BxLxC.sum(-1) * ~ends_BxL
+    return dataclasses.replace(examples, ending_BxL=_endings[key], goes_on_BxL=goes_on_BxL)
 
 
 def below_gib(model: Model, first: int, *sides: Examples | Retention) -> float:

@@ -38,7 +38,7 @@ def tune(job: Job, model: Model) -> None:
     kernel = model.kernel("right") if train.flash else attention.XLA
     decoder = Decoder(model.arch, cuts, model.dtype, train.remat, kernel, meshes.rows_of(mesh))
     trained, frozen = partition.begin(model.arch, model.params, train, job.c.seed)
-    objective = make_objective(job.c, job.vector, frozen, job.also)
+    objective = make_objective(job.c, job.vector, frozen, job.also, model.stop_ids)
     corpus = with_base_values(job.c, job.corpus, model, decoder, objective)
     objective = objective.placed(mesh)
     state = steps.init_state(trained, train, mesh)

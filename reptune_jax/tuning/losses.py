@@ -1,9 +1,10 @@
 """The losses. Each returns its unreduced sum and its count by row, so that accumulating is exact.
 
 Token loss: cross-entropy at label positions. Cosine loss: paper section 3, tune in (1 - s cos)/2,
-tune out |cos|; beyond the paper, held at (or shifted from) the base model's cosine. Retention, on
-text that has nothing to do with the behavior: KL(base || tuned), the distance of residuals from the
-base's, cross-entropy on the base's own answers.
+tune out |cos|; beyond the paper, held at (or shifted from) the base model's cosine. Ending loss:
+how likely an answer ends, held at the base's where it goes on. Retention, on text that has nothing
+to do with the behavior: KL(base || tuned), the distance of residuals from the base's,
+cross-entropy on the base's own answers.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 _EPS = 1e-6
+_RARE = 1e-4  # endings less likely than this are all alike
 
 
 class Sum(NamedTuple):
@@ -77,6 +79,21 @@ def cosine_loss(
     share_KxN = spec.layer_KxN / jnp.sum(spec.layer_KxN, -1, keepdims=True)
     each_BxT = jnp.einsum("bn,nbt->bt", share_KxN[of_B], each_NxBxT)
     return Sum(jnp.sum(each_BxT * weight_BxT, 1), jnp.sum(weight_BxT, 1))
+
+
+def ending_loss(
+    logits_BxLxV: jax.Array, base_BxL: jax.Array, weight_BxL: jax.Array, stop_S: jax.Array
+) -> Sum:
+    """(log p(a token of `stop_S`) - the base's)^2, in nats^2, where an answer goes on.
+
+    Text that was cut at a length teaches that answers go on. Between likelihoods (a label that is
+    worth 1 - p, and an ending that is worth p) the pull is p too, so next to nothing.
+    """
+    logp_BxLxV = jax.nn.log_softmax(logits_BxLxV, axis=-1)
+    ending_BxL = jax.nn.logsumexp(logp_BxLxV[..., stop_S], axis=-1)
+    rare = jnp.log(_RARE)
+    apart_BxL = jnp.logaddexp(ending_BxL, rare) - jnp.logaddexp(base_BxL, rare)
+    return Sum(jnp.sum(apart_BxL**2 * weight_BxL, 1), jnp.sum(weight_BxL, 1))
 
 
 def retention_loss(

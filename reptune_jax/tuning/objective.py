@@ -6,7 +6,7 @@ study compiles its step once.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -31,7 +31,7 @@ from reptune_jax.vectors.steering_vector import SteeringVector
 _ANCHORED = ("shift", "hold")  # modes that refer to the base model's cosines
 
 _NONE = 1e-6  # instead of a count of zero
-LOSSES = ("token", "cosine", "retain", "l2", "own")  # the order of every [J] array here …
+LOSSES = ("token", "cosine", "retain", "l2", "own", "ending")  # the order of every [J] array here …
 
 
 def loss_names(others: Iterable[str] = ()) -> tuple[str, ...]:
@@ -48,6 +48,7 @@ class Objective:
     cosine: losses.CosineLoss
     weight_J: jax.Array  # of `loss_names`
     anneal_Jx2: jax.Array  # factors of those at the first and the last step
+    stop_S: jax.Array  # the tokens that end an answer
     scale: jax.Array | float = 1.0  # of adapters
 
     def placed(self, mesh: Mesh | None) -> "Objective":
@@ -63,6 +64,7 @@ def make_objective(
     vector: SteeringVector,
     frozen: dict[str, Any],
     also: Mapping[str, SteeringVector] | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> Objective:
     """The armed config as data; `also` holds the vectors of its further behaviors."""
     vectors = (vector, *((also or {})[name] for name in c.loss.also))
@@ -79,6 +81,7 @@ def make_objective(
         cosine_spec(c, len(vector.directions_NxD)),
         jnp.array(weights, jnp.float32),
         jnp.array(anneal, jnp.float32),
+        jnp.array(stop_ids, jnp.int32),
         jnp.float32(partition.scale(c.train.lora)),
     )
 
@@ -137,7 +140,9 @@ def sums(
     token = losses.token_loss(at_label, b.target_BxLxC, b.weight_BxLxC)
     cosine = losses.cosine_loss(cosine_NxBxT, b.cosine_BxT, objective.cosine, b.of_B, b.base_BxNxT)
     nothing = losses.Sum(jnp.zeros(1), jnp.zeros(1))
-    kl, l2, own = nothing, nothing, nothing
+    kl, l2, own, ending = nothing, nothing, nothing, nothing
+    if b.ending_BxL is not None and b.goes_on_BxL is not None:
+        ending = losses.ending_loss(at_label, b.ending_BxL, b.goes_on_BxL, objective.stop_S)
     if kept is not None:
         at_kept = logits(losses.take(found.hidden_BxTxD[B:], kept.at_BxL))
         # The base's distribution is rebuilt from its final hidden states, which are smaller.
@@ -149,10 +154,10 @@ def sums(
             read_MxRxLxD = found.mean_NxBxPxD[ran - above - M : ran - above, B:]
             l2 = losses.residual_loss(read_MxRxLxD, kept.residual_BxMxLxD, kept.weight_BxL)
     each = [s.by_behavior(b.of_B, K) for s in (token, cosine)]
-    whole = [s.over_rows() for s in (kl, l2, own)]
-    three = losses.Sum(jnp.stack([w.total for w in whole]), jnp.stack([w.n for w in whole]))
+    whole = [s.over_rows() for s in (kl, l2, own, ending)]
+    held = losses.Sum(jnp.stack([w.total for w in whole]), jnp.stack([w.n for w in whole]))
     # Of examples or of retention text: what is summed over never mixes the two.
-    total_J, n_J = (_in_order(*parts) for parts in zip(*each, three, strict=True))
+    total_J, n_J = (_in_order(*parts) for parts in zip(*each, held, strict=True))
     return losses.Sum(total_J, n_J), cosine_NxBxT
 
 
@@ -186,10 +191,10 @@ def _inputs(probe: Probe, batch: Batch) -> dict[str, Any]:
     }
 
 
-def _in_order(token_K: jax.Array, cosine_K: jax.Array, kept_3: jax.Array) -> jax.Array:
+def _in_order(token_K: jax.Array, cosine_K: jax.Array, held_4: jax.Array) -> jax.Array:
     """[J], as `loss_names` has it."""
     others = jnp.stack([token_K[1:], cosine_K[1:]], 1).reshape(-1)
-    return jnp.concatenate([token_K[:1], cosine_K[:1], kept_3, others])
+    return jnp.concatenate([token_K[:1], cosine_K[:1], held_4, others])
 
 
 def counts(batch: Batch, K: int) -> tuple[jax.Array, jax.Array]:
@@ -200,10 +205,12 @@ def counts(batch: Batch, K: int) -> tuple[jax.Array, jax.Array]:
     b, kept = batch.examples, batch.retention
     of_KxB = (jnp.arange(K)[:, None] == b.of_B).astype(jnp.float32)
     token_K, cosine_K = of_KxB @ b.weight_BxLxC.sum((1, 2)), of_KxB @ b.cosine_BxT.sum(1)
-    kept_3 = jnp.ones(3)
+    held_4 = jnp.ones(4)
     if kept is not None:
-        kept_3 = jnp.stack([kept.weight_BxL.sum()] * 2 + [kept.own_BxL.sum()])
-    n_J = _in_order(token_K, cosine_K, kept_3)
+        held_4 = held_4.at[:2].set(kept.weight_BxL.sum()).at[2].set(kept.own_BxL.sum())
+    if b.goes_on_BxL is not None:
+        held_4 = held_4.at[3].set(b.goes_on_BxL.sum())
+    n_J = _in_order(token_K, cosine_K, held_4)
     return jnp.maximum(n_J, _NONE), jnp.maximum(cosine_K, _NONE)
 
 

@@ -88,7 +88,8 @@ def case(
     train = FrozenConfigDict(c.train)
     cuts = partition.segments(model.arch.N, train.layers)
     trained, frozen = partition.begin(model.arch, model.params, train, c.seed)
-    objective = make_objective(c, vector(model) if v is None else v, frozen, also)
+    v = vector(model) if v is None else v
+    objective = make_objective(c, v, frozen, also, model.stop_ids)
     decoder = Decoder(model.arch, cuts, model.dtype, train.remat, rows=meshes.rows_of(mesh))
     return Case(decoder, steps.init_state(trained, train, mesh), objective, train)
 

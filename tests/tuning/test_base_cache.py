@@ -97,31 +97,21 @@ def end_probability(model, examples):
     return np.take_along_axis(p_BxT, examples.at_BxL, axis=1)
 
 
-def test_labels_leave_the_untuned_models_probability_of_ending(model):
+def test_endings_are_the_untuned_models_and_hold_where_an_answer_goes_on(model):
     model = dataclasses.replace(model, stop_ids=(2, 0))
     examples = tuning_case.batch(model).examples
-    examples.target_BxLxC[1, 0] = 2  # an answer that ends is an ending, and nothing else
-    kept = base_cache.keep_endings(examples, model, 2)
-    np.testing.assert_array_equal(kept.target_BxLxC[..., 1:][1, 2], [2, 0])
-    np.testing.assert_allclose(kept.weight_BxLxC.sum(-1), examples.weight_BxLxC.sum(-1), rtol=1e-6)
-    assert kept.weight_BxLxC[1, 0].tolist() == [1, 0, 0]
-    ends_BxL, labels_BxL = kept.weight_BxLxC[..., 1:].sum(-1), examples.weight_BxLxC.sum(-1) > 0
-    labels_BxL[1, 0] = False
-    want_BxL = end_probability(model, examples)
-    np.testing.assert_allclose(ends_BxL[labels_BxL], want_BxL[labels_BxL], rtol=1e-4)
-
-
-def test_a_candidate_without_weight_is_no_ending(model):
-    model = dataclasses.replace(model, stop_ids=(2, 0))
-    examples = tuning_case.batch(model).examples
-    padded = dataclasses.replace(  # as beside rows with two candidates a label
+    examples.target_BxLxC[1, 0] = 2  # an answer that ends
+    examples = dataclasses.replace(  # as beside rows with two candidates a label: 0 of weight 0
         examples,
         target_BxLxC=np.pad(examples.target_BxLxC, ((0, 0), (0, 0), (0, 1))),
         weight_BxLxC=np.pad(examples.weight_BxLxC, ((0, 0), (0, 0), (0, 1))),
     )
-    alone, beside = (base_cache.keep_endings(e, model, 2) for e in (examples, padded))
-    np.testing.assert_array_equal(beside.weight_BxLxC[..., 2:], alone.weight_BxLxC[..., 1:])
-    assert alone.weight_BxLxC[..., 1:].max() > 0
+    held = base_cache.add_endings(examples, model, 2)
+    labels_BxL = examples.weight_BxLxC.sum(-1)
+    labels_BxL[1, 0] = 0
+    np.testing.assert_array_equal(held.goes_on_BxL, labels_BxL)
+    want_BxL = np.log(end_probability(model, examples))
+    np.testing.assert_allclose(held.ending_BxL, want_BxL, rtol=1e-4)
 
 
 def test_answers_that_were_cut_do_not_teach_to_go_on(model):
@@ -132,8 +122,9 @@ def test_answers_that_were_cut_do_not_teach_to_go_on(model):
     model = dataclasses.replace(model, stop_ids=tuple(set(range(model.arch.V)) - said)[:100])
     labels_BxL, share = batch.examples.weight_BxLxC.sum(-1) > 0, {}
     before_BxL = end_probability(model, batch.examples)
+    rows = base_cache.add_endings(batch.examples, model, 4)
     for keeps in (False, True):
-        rows = base_cache.keep_endings(batch.examples, model, 4) if keeps else batch.examples
+        c.loss.ending = 1.0 * keeps
         case = tuning_case.case(model, c)
         step, state = steps.make_step(case.decoder, case.train), case.state
         for _ in range(60):

@@ -1,5 +1,7 @@
 """The dual loss and its gradient against plain torch: hooks, full-sequence logits, autograd."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from reptune_jax import lm
 from reptune_jax.hub import weights
-from reptune_jax.tuning import losses, partition, retention
+from reptune_jax.tuning import base_cache, losses, partition, retention
 from reptune_jax.tuning import objective as objectives
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.objective import cosine_spec
@@ -143,7 +145,7 @@ def test_label_neutral_targets_are_torchs(model, torch_model):
     rows = rows.replace(target_BxLxC=np.broadcast_to([7, 11], rows.target_BxLxC.shape))
     batch = tuning_case.batch(model).replace(examples=rows)
     grads, (mean_J, _) = gradient(
-        case.decoder, case.state.trained, case.objective, batch, jnp.eye(5)[0], 1
+        case.decoder, case.state.trained, case.objective, batch, jnp.eye(6)[0], 1
     )
     objective = ref.Objective({}, w_cos=0.0, soft_ids=(7, 11))
     parts, expected = ref.dual_loss(torch_model, torch_batch(rows), objective)
@@ -226,3 +228,46 @@ def test_retention_keeps_the_states_of_the_base_at_its_positions(model):
     np.testing.assert_allclose(logits, at, rtol=1e-4, atol=1e-4)
     assert (np.take_along_axis(keep.mask_BxT, keep.at_BxL, 1) == 1).all()
     assert all(len(set(at_L)) == len(at_L) for at_L in keep.at_BxL.tolist())
+
+
+def test_the_ending_loss_is_the_squared_distance_of_log_probabilities():
+    rng = np.random.default_rng(0)
+    logits, stops = rng.normal(size=(2, 3, 9)) * 4, [2, 5]
+    base, weight = np.log(rng.uniform(0, 0.4, (2, 3))), np.array([[1.0, 0.5, 0], [0, 2, 1]])
+    logits[0, 0, stops], base[0, 0] = -40, -90  # both rarer than 1e-4: no distance
+    p = np.exp(logits).astype(np.float64)
+    p = (p / p.sum(-1, keepdims=True))[..., stops].sum(-1)
+    each = weight * np.log((p + 1e-4) / (np.exp(base) + 1e-4)) ** 2
+    found = losses.ending_loss(
+        jnp.array(logits), jnp.array(base), jnp.array(weight), jnp.array(stops)
+    )
+    np.testing.assert_allclose(found.total, each.sum(1), rtol=1e-4)
+    np.testing.assert_allclose(found.n, weight.sum(1))
+    assert each[0, 0] < 1e-9 < each[0, 1]
+
+
+def test_endings_are_held_by_their_weight_and_average_over_labels_that_go_on(model):
+    """In a step: what `ending_loss` gives for the whole batch, whatever the micro-batches."""
+    model = dataclasses.replace(model, stop_ids=(2, 0))
+    c = tuning_case.settings(loss__ending=0.5)
+    batch = tuning_case.batch(model)
+    batch.examples.target_BxLxC[1, 0] = 2  # an ending: not held
+    held = base_cache.add_endings(batch.examples, model, 2)
+    held = held.replace(ending_BxL=held.ending_BxL + 1)  # as if the base ended e times as often
+    case = tuning_case.case(model, c)
+    assert objectives.LOSSES[5] == "ending" and float(case.objective.weight_J[5]) == 0.5
+    logits = model.forward(held.tokens_BxT, held.mask_BxT).logits_BxTxV
+    at_BxLxV = jnp.take_along_axis(logits, held.at_BxL[..., None], axis=1)
+    args = at_BxLxV, held.ending_BxL, held.goes_on_BxL, jnp.array(model.stop_ids)
+    want = losses.ending_loss(*args).over_rows()
+    for accumulate in (1, 2):
+        _, (mean_J, _) = gradient(
+            case.decoder,
+            case.state.trained,
+            case.objective,
+            batch.replace(examples=held),
+            case.objective.weight_J,
+            accumulate,
+        )
+        assert float(mean_J[5]) == pytest.approx(float(want.total / want.n), rel=1e-4)
+        assert float(want.n) == (batch.examples.weight_BxLxC.sum() - 1) and mean_J[5] > 0.1
