@@ -184,7 +184,7 @@ def read_config(folder: _Folder) -> dict[str, Any]:
     """
     try:
         return json.loads(folder.config.read_text())["config"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"workdir {folder.path}: holds a config.json that is not a run's, expected a new "
             "folder or a run's. Use another --workdir."

@@ -203,7 +203,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise Broken(f"step {step}: the folder is empty")
     try:
         meta = ocp.JsonCheckpointHandler().restore(folder / "meta")
-    except (ValueError, OSError, KeyError) as e:
+    except (ValueError, OSError, KeyError, RecursionError) as e:
         raise Broken(f"step {step}: meta cannot be read ({first_line(e)})") from None
     if not isinstance(meta, dict) or "seal" not in meta:
         return _old_meta(folder, meta)

@@ -16,6 +16,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("distributed",),  # plain calls where there is one process
     ("console",),
+    ("reading",),  # files that others made
     ("folder",),
     ("stored_config",),
     ("command_line",),

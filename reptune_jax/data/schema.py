@@ -16,6 +16,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from reptune_jax.reading import short
+
 SPLITS = ("train", "tune", "val", "test", "ood")
 FORMATS = ("persona", "free", "claim", "ab")
 ROLES = ("system", "user", "assistant")
@@ -213,6 +215,9 @@ def _object(line: str, where: str) -> dict[str, Any]:
             f"{where}: malformed JSON at column {error.colno}: {error.msg}. "
             "Write one object a line."
         ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{where}: malformed JSON: {why}. Write one object a line.") from None
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -246,7 +251,7 @@ def checked(row: dict[str, Any], fields: dict[str, Any], where: str) -> dict[str
         )
     for name, expected in fields.items():
         if problem := expected(row[name]):
-            raise ValueError(f"{where}: {name}: got {row[name]!r}, expected {problem}.")
+            raise ValueError(f"{where}: {name}: got {short(row[name])}, expected {problem}.")
     return row
 
 
@@ -265,6 +270,11 @@ def one_of(name: str, value: str | None, allowed: Sequence[str | None]) -> None:
 def string(value: Any) -> str:
     """A text with something in it."""
     return "" if isinstance(value, str) and value.strip() else "a string that is not empty"
+
+
+def text(value: Any) -> str:
+    """Any text, no characters included."""
+    return "" if isinstance(value, str) else "a string"
 
 
 def _answer(value: Any) -> str:

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from reptune_jax.hub import template_bounds
 from reptune_jax.hub.templates import chat_text
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -42,7 +41,9 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
     try:
         text = chat_text(tokenizer, turns, add_generation_prompt=False)
-    except (ValueError, TypeError, jinja2.TemplateError):  # a template for other kinds of chats
+    except template_bounds.Unbounded:
+        raise
+    except ValueError:  # a template for other kinds of chats
         return None
     after = text.rpartition(_SAID)[2].lstrip() if _SAID in text else ""
     added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}

@@ -63,11 +63,13 @@ def read_header(path: Path) -> Header:
     n_tensors, n_fields = cursor.number("u8"), cursor.number("u8")
     metadata = {cursor.string(): cursor.value() for _ in range(n_fields)}
     raw = [cursor.tensor() for _ in range(n_tensors)]
-    align = int(metadata.get("general.alignment", 32))
-    if align <= 0:
-        raise ValueError(f"{path}: got general.alignment {align}, expected a power of two.")
+    align = metadata.get("general.alignment", 32)
+    if type(align) is not int or not 0 < align < 2**31:
+        raise ValueError(f"{path}: got general.alignment {align!r}, expected a power of two.")
     base = -(-cursor.offset // align) * align
     tensors = {name: _locate(path, name, shape, kind, base + at) for name, shape, kind, at in raw}
+    if len(tensors) < len(raw):
+        raise ValueError(f"{path}: has a tensor twice, expected each once. Convert the file again.")
     end = max((info.start + info.n_bytes for info in tensors.values()), default=base)
     if end > size:
         raise ValueError(

@@ -17,6 +17,7 @@ from gguf.quants import dequantize
 from reptune_jax.console import note
 from reptune_jax.hub.gguf_header import Header, TensorInfo, read_header
 from reptune_jax.hub.safetensors_io import TensorHandle
+from reptune_jax.reading import short
 
 # GGUF architecture -> (HF model_type, class)
 _FAMILIES = {
@@ -85,14 +86,14 @@ def read_gguf(path: Path) -> GGUF:
     """
     header = read_header(path)
     arch = header.metadata.get("general.architecture")
-    if arch not in _FAMILIES:
+    if not isinstance(arch, str) or arch not in _FAMILIES:
         raise ValueError(
             f"{path}: got architecture {arch!r}, expected one of {', '.join(_FAMILIES)}. "
             "Load this model from its Hugging Face folder instead, if the family is supported."
         )
-    if header.metadata.get("split.count", 1) > 1:
+    if (parts := header.metadata.get("split.count", 1)) not in (0, 1):
         raise ValueError(
-            f"{path}: is one of {header.metadata['split.count']} parts, expected a whole model. "
+            f"{path}: is one of {parts} parts, expected a whole model. "
             "Merge them with llama.cpp's `llama-gguf-split --merge`."
         )
     infos = {k: v for k, v in header.tensors.items() if k != "rope_freqs.weight"}
@@ -183,36 +184,49 @@ def _config(path: Path, arch: str, header: Header) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: got {arch}.{key} = {got}, which {arch} models here do not have."
             )
-    width = _need(path, meta, f"{arch}.embedding_length")
-    heads = _need(path, meta, f"{arch}.attention.head_count")
-    kv_heads = meta.get(f"{arch}.attention.head_count_kv", heads)
-    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+    width = _size(path, meta, f"{arch}.embedding_length")
+    counts = [f"{arch}.attention.head_count", f"{arch}.attention.head_count_kv"]
+    if any(isinstance(meta.get(key), list) for key in counts):
         raise ValueError(f"{path}: got a head count per layer, expected one number for all layers.")
-    head_dim = meta.get(f"{arch}.attention.key_length", width // heads)
+    heads = _size(path, meta, counts[0])
+    kv_heads = _size(path, meta, counts[1]) if counts[1] in meta else heads
+    if heads % kv_heads or width % 2:
+        raise ValueError(
+            f"{path}: got {kv_heads} key heads for {heads} heads and a width of {width}, expected "
+            "a divisor and an even width. The file is damaged; download it again."
+        )
+    length = f"{arch}.attention.key_length"
+    head_dim = _size(path, meta, length) if length in meta else width // heads
     rotary = meta.get(f"{arch}.rope.dimension_count", head_dim)
     if rotary != head_dim:
         raise ValueError(f"{path}: got {rotary} rotary dims of {head_dim}, expected all of them.")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: token_embd.weight is missing. The file holds no language model.")
     model_type, architecture = _FAMILIES[arch]
+    depth = _size(path, meta, f"{arch}.block_count")
+    if depth > len(tensors):
+        raise ValueError(
+            f"{path}: got {arch}.block_count {depth:,} and {len(tensors)} tensors, expected "
+            "several for each block. The file is damaged; download it again."
+        )
     config = {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
-        "intermediate_size": _need(path, meta, f"{arch}.feed_forward_length"),
-        "num_hidden_layers": _need(path, meta, f"{arch}.block_count"),
+        "intermediate_size": _size(path, meta, f"{arch}.feed_forward_length"),
+        "num_hidden_layers": depth,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": _need(path, meta, f"{arch}.context_length"),
+        "max_position_embeddings": _size(path, meta, f"{arch}.context_length"),
         "rms_norm_eps": _need(path, meta, f"{arch}.attention.layer_norm_rms_epsilon"),
         **_quirks(path, arch, header, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        if (token := meta.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
-            config[f"{ours}_token_id"] = token
+        if (key := f"tokenizer.ggml.{theirs}_token_id") in meta:
+            config[f"{ours}_token_id"] = _size(path, meta, key, least=0)
     return config
 
 
@@ -235,9 +249,9 @@ def _quirks(path: Path, arch: str, header: Header, head_dim: int) -> dict[str, A
 
 def _gemma3(path: Path, header: Header, head_dim: int, rope: dict[str, Any]) -> dict[str, Any]:
     """What llama.cpp knows of gemma3 without the file saying it, and what the file may say."""
-    meta, N = header.metadata, _need(path, header.metadata, "gemma3.block_count")
+    meta, N = header.metadata, header.metadata["gemma3.block_count"]
     every = meta.get("gemma3.attention.sliding_window_pattern", 6)
-    if not isinstance(every, int):
+    if type(every) is not int or every < 1:
         raise ValueError(
             f"{path}: got a sliding_window_pattern of {every}, expected one number. "
             "Load this model from its Hugging Face folder instead."
@@ -265,6 +279,16 @@ def _need(path: Path, meta: Mapping[str, Any], key: str) -> Any:
             f"{path}: metadata {key} is missing, expected a value. Convert the file again."
         )
     return meta[key]
+
+
+def _size(path: Path, meta: Mapping[str, Any], key: str, least: int = 1) -> int:
+    value = _need(path, meta, key)
+    if type(value) is not int or not least <= value < 2**31:
+        raise ValueError(
+            f"{path}: got {key} {short(value)}, expected a whole number from {least} on. "
+            "The file is damaged; download it again."
+        )
+    return value
 
 
 def _rope(path: Path, arch: str, header: Header, head_dim: int) -> dict[str, Any]:

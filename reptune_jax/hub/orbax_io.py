@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from reptune_jax.hub.names import Spelling
+from reptune_jax.hub.names import HEADS, Spelling
 from reptune_jax.hub.safetensors_io import TensorHandle, check_written
+from reptune_jax.reading import parse_json, reading
 
 INDEX = "orbax_model.json"  # shape, type and checksum of every leaf
 _FORMAT = "reptune_jax.orbax.1"
 _PIECE_BYTES = 128 << 20
+_AGAIN = "Convert the model again."
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _CHUNK_BYTES = 32 << 20  # what Orbax reads and writes at once
 
 
@@ -56,32 +59,37 @@ def read_leaves(folder: Path) -> tuple[dict[str, TensorHandle], Spelling]:
     Raises:
       ValueError: an index that is damaged or of another format.
     """
-    try:
-        stored = json.loads((folder / INDEX).read_text())
-        leaves, found = stored["leaves"], stored["format"]
-        spelling = Spelling(**stored["spelling"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / INDEX}: is not readable ({error!r}). Convert the model again."
-        ) from None
-    if found != _FORMAT:
+    stored = parse_json((folder / INDEX).read_bytes(), folder / INDEX, _AGAIN)
+    if (found := stored.get("format")) != _FORMAT:
         raise ValueError(
             f"{folder / INDEX}: got format {found!r}, expected {_FORMAT!r}. Convert it again."
         )
-    return {path: _handle(folder, path, entry) for path, entry in leaves.items()}, spelling
+    with reading(folder / INDEX, _AGAIN):
+        spelling = Spelling(**stored["spelling"])
+        if type(spelling.bare) is not bool or spelling.head not in ("", *HEADS):
+            raise ValueError(f"got spelling {spelling}, expected a flag and the name of a head")
+        leaves = stored["leaves"].items()
+        return {path: _handle(folder, path, entry) for path, entry in leaves}, spelling
 
 
 def _handle(folder: Path, path: str, entry: Mapping[str, Any]) -> TensorHandle:
     where = folder / "params" / _name(path)
-    shape, dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
+    shape, crc = tuple(entry["shape"]), entry["crc32"]
+    if not all(type(n) is int and 0 < n < 2**31 for n in shape) or type(crc) is not int:
+        raise ValueError(f"{path}: got shape {list(shape)} and crc32 {crc!r}, expected numbers")
+    if entry["dtype"] not in _DTYPES or any(part in ("", "..") for part in path.split("/")):
+        expected = f"{', '.join(_DTYPES)} at a path"
+        raise ValueError(f"{path!r}: got dtype {entry['dtype']!r}, expected one of {expected}")
+    dtype = np.dtype(entry["dtype"])
 
     def read() -> np.ndarray:
         leaf = np.empty(shape, dtype)
         for k, (start, stop) in enumerate(_pieces(shape, dtype)):
             if not (where / str(k)).is_dir():
                 raise ValueError(f"{where / str(k)}: is missing. Convert the model again.")
-            leaf[start:stop] = _restore(where / str(k))
-        if _checksum(leaf) != entry["crc32"]:  # Orbax restores flipped bytes without a word
+            with reading(where / str(k), _AGAIN):
+                leaf[start:stop] = _restore(where / str(k), leaf[start:stop])
+        if _checksum(leaf) != crc:  # Orbax restores flipped bytes without a word
             raise ValueError(f"{where}: is damaged (checksum). Convert the model again.")
         return leaf
 
@@ -105,13 +113,18 @@ def _save(where: Path, leaf: np.ndarray) -> None:
         checkpointer.save(where.absolute(), args=args)
 
 
-def _restore(where: Path) -> np.ndarray:
+def _restore(where: Path, like: np.ndarray) -> np.ndarray:
     import orbax.checkpoint as ocp
 
     restore = {"leaf": ocp.RestoreArgs(restore_type=np.ndarray)}
     with ocp.Checkpointer(_handler()) as checkpointer:
         args = ocp.args.PyTreeRestore(restore_args=restore)
-        return checkpointer.restore(where.absolute(), args=args)["leaf"]
+        found = checkpointer.restore(where.absolute(), args=args)["leaf"]
+    if (found.shape, found.dtype) != (like.shape, like.dtype):
+        raise ValueError(
+            f"got {found.dtype} {list(found.shape)}, expected {like.dtype} {list(like.shape)}"
+        )
+    return found
 
 
 def _handler() -> Any:

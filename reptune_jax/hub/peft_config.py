@@ -5,16 +5,17 @@ changes nothing whatever it says, or has to be off; that holds for keys that nob
 """
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from reptune_jax.reading import parse_json, short
+
 CONFIG = "adapter_config.json"
 _MERGE = "Merge it into its base with peft (merge_and_unload), and load that."
-_NUMBER = (int, float)
+_LARGEST = 1e30  # of numbers that float32 is computed with
 
 _READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
 _READ |= {"exclude_modules", "layers_to_transform", "peft_type", "base_model_name_or_path"}
@@ -73,61 +74,85 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG
     if not path.exists():
         raise ValueError(f"{folder}: has no {CONFIG}, expected a PEFT adapter folder.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}). Download it again.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: got a JSON {type(config).__name__}, expected an object.")
+    config = parse_json(path.read_bytes(), path)
     if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{path}: got peft_type {config.get('peft_type')!r}, expected 'LORA'. {_MERGE}"
-        )
+        found = short(config.get("peft_type"))
+        raise ValueError(f"{path}: got peft_type {found}, expected 'LORA'. {_MERGE}")
     for key, got in config.items():
         allowed = _OFF.get(key, (None,))
         if key not in _READ | _NO_MATTER and got and got not in allowed:
             expected = " or ".join(map(repr, allowed))
-            raise ValueError(f"{path}: got {key} {got!r}, expected {expected}. {_MERGE}")
+            raise ValueError(f"{path}: got {key} {short(got)}, expected {expected}. {_MERGE}")
     layers = config.get("layers_to_transform")
+    layers = [layers] if type(layers) is int else layers or []
+    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        raise ValueError(
+            f"{path}: got layers_to_transform {short(layers)}, expected numbers of layers. "
+            "Save it again."
+        )
     return AdapterConfig(
-        base=str(config.get("base_model_name_or_path")),
-        rank=int(_number(path, "r", config.get("r", 8))),
+        base=str(config.get("base_model_name_or_path"))[:200],
+        rank=_rank(path, "r", config.get("r", 8)),  # peft's own default
         alpha=_number(path, "lora_alpha", config.get("lora_alpha", 8)),
-        root=bool(config.get("use_rslora")),
-        ranks=_patterns(path, "rank_pattern", config),
-        alphas=_patterns(path, "alpha_pattern", config),
-        targets=_names(config.get("target_modules")),
-        excluded=_names(config.get("exclude_modules")) or (),
-        layers=tuple([layers] if isinstance(layers, int) else layers) if layers else None,
+        root=_flag(path, "use_rslora", config.get("use_rslora")),
+        ranks=_patterns(path, "rank_pattern", config, _rank),
+        alphas=_patterns(path, "alpha_pattern", config, _number),
+        targets=_names(path, "target_modules", config),
+        excluded=_names(path, "exclude_modules", config) or (),
+        layers=tuple(layers) or None,
     )
 
 
-def _names(found: Any) -> tuple[str, ...] | None:
+def _names(path: Path, key: str, config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """A list of names; a string is an expression, which is not run: the weights say what it hit."""
-    return tuple(map(str, found)) if isinstance(found, list) and found else None
+    if isinstance(found := config.get(key), str | None):
+        return None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path}: got {key} {short(found)}, expected names. Save it again.")
+    return tuple(found) or None
+
+
+def _flag(path: Path, key: str, got: Any) -> bool:
+    if not isinstance(got, bool | None):
+        raise ValueError(f"{path}: got {key} {short(got)}, expected a flag. Save it again.")
+    return bool(got)
+
+
+def _rank(path: Path, key: str, got: Any) -> int:
+    if type(got) is int and 0 < got < 2**31:
+        return got
+    raise ValueError(
+        f"{path}: got {key} {short(got)}, expected a whole number above 0. Save it again."
+    )
 
 
 def _number(path: Path, key: str, got: Any) -> float:
-    if isinstance(got, _NUMBER) and not isinstance(got, bool) and 0 < got < math.inf:
+    if type(got) in (int, float) and 0 < got < _LARGEST:
         return got
-    raise ValueError(f"{path}: got {key} {got!r}, expected a number above 0. Save it again.")
+    raise ValueError(f"{path}: got {key} {short(got)}, expected a number above 0. Save it again.")
 
 
-def _patterns(path: Path, key: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _patterns(
+    path: Path, key: str, config: Mapping[str, Any], number: Callable[[Path, str, Any], Any]
+) -> dict[str, Any]:
     """PEFT's way to give some modules a rank or alpha of their own: pattern -> value.
 
     Patterns are regular expressions there. They come from a file, and one can be made to run for
     ever; so names alone are matched, with dots that may be escaped and ends that may be fixed.
     """
-    found = {}
-    for pattern, value in (config.get(key) or {}).items():
+    given, found = config.get(key) or {}, {}
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"{path}: got {key} {short(given)}, expected names of modules, each with a number."
+        )
+    for pattern, value in given.items():
         name = pattern.replace("\\.", ".").removesuffix("$")
         if re.search(r"[*+?()\[\]{}|\\$^]", name.removeprefix("^")):
             raise ValueError(
-                f"{path}: got {key} {pattern!r}, an expression, expected names of modules such as "
-                f"'q_proj' or 'layers.3.self_attn.q_proj'. Name the modules."
+                f"{path}: got {key} {short(pattern)}, an expression, expected names of modules "
+                "such as 'q_proj' or 'layers.3.self_attn.q_proj'. Name the modules."
             )
-        found[name] = _number(path, f"{key} of {pattern}", value)
+        found[name] = number(path, f"{key} of {pattern[:60]}", value)
     return found
 
 

@@ -15,6 +15,7 @@ from safetensors import numpy as safetensors_numpy
 from tqdm import tqdm
 
 from reptune_jax.console import note
+from reptune_jax.reading import parse_json, reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -97,13 +98,14 @@ def _instead(folder: Path) -> str:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Name -> file, as the index says; every file is one of the folder's own."""
-    try:
-        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    weight_map = parse_json((folder / INDEX).read_bytes(), folder / INDEX).get("weight_map")
+    fits = isinstance(weight_map, dict) and weight_map
+    if not fits or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(
-            f"{folder / INDEX}: no readable weight_map ({error!r}). Download it again."
-        ) from None
+            f"{folder / INDEX}: no readable weight_map, expected names of tensors and their files. "
+            "Download it again."
+        )
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
         if Path(shard).name != shard or "\\" in shard or shard == "..":
             raise ValueError(
@@ -157,9 +159,10 @@ def read_file(path: Path) -> tuple[dict[str, TensorHandle], dict[str, str]]:
         ) from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    metadata = entries.pop("__metadata__", {})
-    tensors = {name: _handle(path, name, entry, 8 + length) for name, entry in entries.items()}
+        entries = parse_json(file.read(length), path)
+    metadata = entries.pop("__metadata__", None) or {}
+    with reading(path):
+        tensors = {name: _handle(path, name, entry, 8 + length) for name, entry in entries.items()}
     return tensors, metadata
 
 
@@ -173,9 +176,9 @@ def _expected_bytes(path: Path) -> str:
         try:
             entries = json.loads(file.read(length))
             ends = [e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return f"{8 + length + max(ends, default=0):,}"
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return "a JSON header"
-    return f"{8 + length + max(ends, default=0):,}"
 
 
 def _handle(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorHandle:

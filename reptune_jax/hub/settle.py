@@ -15,6 +15,28 @@ from reptune_jax.model import families
 from reptune_jax.model.rope import rope_frequencies
 
 
+def check_layers(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorHandle],
+    leaves: Mapping[str, TensorHandle] | None = None,
+) -> None:
+    """That weights may have as many layers as the config says, before anything is made for each.
+
+    A layer has a tensor at least, or its part of a stack of all of them.
+
+    Raises:
+      ValueError: it cannot. What exactly is missing is said later, by name.
+    """
+    stacks = [leaf.shape for path, leaf in (leaves or {}).items() if path.startswith("blocks/")]
+    most = max((len(tensors), *(shape[0] for shape in stacks if shape)))
+    if (N := families.depth(config) or 0) > most:
+        what = f"stacks of {most} layers" if leaves else f"{most} tensors"
+        raise ValueError(
+            f"num_hidden_layers: got {N:,}, expected as many as there are weights for: there are "
+            f"{what}. Check that config.json belongs to these weights."
+        )
+
+
 def settled(
     name: str, config: dict[str, Any], tensors: Mapping[str, TensorHandle]
 ) -> tuple[dict[str, Any], Mapping[str, TensorHandle]]:
@@ -25,7 +47,7 @@ def settled(
     is stored, it is both.
     """
     family = config.get("model_type")
-    if family not in families.FAMILIES:
+    if not isinstance(family, str) or family not in families.FAMILIES:
         return config, tensors  # refused later, by name
     for line in families.notes(config):
         note(f"{name}: {line}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,11 @@ from reptune_jax.hub import endings, orbax_io, side_files
 from reptune_jax.hub.gguf_io import read_gguf
 from reptune_jax.hub.names import Spelling
 from reptune_jax.hub.safetensors_io import TensorHandle, read_tensors
-from reptune_jax.hub.settle import settled
+from reptune_jax.hub.settle import check_layers, settled
 from reptune_jax.hub.tokenizer import check_vocabulary, follow_file, gguf_tokenizer
 from reptune_jax.model import families
 from reptune_jax.model.arch import Arch
+from reptune_jax.reading import parse_json, reading
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -45,10 +45,8 @@ class Source:
         Raises:
           ValueError: a family or a setting that is not computed here.
         """
-        try:
+        with reading(self.name, ""):
             return families.from_config(self.config)
-        except ValueError as e:
-            raise ValueError(f"{self.name}: {e}") from None
 
 
 def open_source(name: str | Path) -> Source:
@@ -83,18 +81,20 @@ def _open_file(name: str, path: Path) -> Source:
         raise ValueError(
             f"model: got the file {name!r}, expected its folder. Name {str(path.parent)!r}."
         )
-    gguf = read_gguf(path)
-    config, tensors = settled(name, gguf.config, gguf.tensors)
-    tokenizer = gguf_tokenizer(gguf.metadata)
-    check_vocabulary(tokenizer, config["vocab_size"])
-    ends = endings.stop_ids(tokenizer, endings.gguf_ends(gguf.metadata), config["vocab_size"])
+    with reading(name, "Convert the file again."):
+        gguf = read_gguf(path)
+        check_layers(gguf.config, gguf.tensors)
+        config, tensors = settled(name, gguf.config, gguf.tensors)
+        tokenizer = gguf_tokenizer(gguf.metadata)
+        check_vocabulary(tokenizer, config["vocab_size"])
+        ends = endings.stop_ids(tokenizer, endings.gguf_ends(gguf.metadata), config["vocab_size"])
     return Source(name, config, tensors, tokenizer, None, ends)
 
 
 def _open_folder(name: str, folder: Path) -> Source:
     config = _config(folder)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ValueError(
             f"{name}: is quantized ({method}), expected plain weights. "
             "Use the unquantized model, or a GGUF file."
@@ -110,14 +110,19 @@ def _open_folder(name: str, folder: Path) -> Source:
         leaves, spelling = orbax_io.read_leaves(folder)
     else:
         tensors = read_tensors(folder)
-    config, tensors = settled(name, config, tensors)
+    with reading(name, "Check that config.json belongs to these weights."):
+        check_layers(config, tensors, leaves)
+        config, tensors = settled(name, config, tensors)
     tokenizer = _tokenizer(folder)
-    if tokenizer is not None and "vocab_size" in config:
-        check_vocabulary(tokenizer, config["vocab_size"])
+    V = config.get("vocab_size")
+    V = V if type(V) is int and 0 < V < 2**31 else 2**31  # no number: refused by the family
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, V)
     path = folder / "generation_config.json"
     declared = [(_json(path) if path.exists() else {}).get("eos_token_id")]
     declared += [config.get("eos_token_id")]
-    ends = endings.stop_ids(tokenizer, declared, config.get("vocab_size", 2**31))
+    with reading(folder, "Use another model."):
+        ends = endings.stop_ids(tokenizer, declared, V)
     return Source(name, config, tensors, tokenizer, folder, ends, leaves, spelling)
 
 
@@ -135,13 +140,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}). Download it again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: got a JSON {type(value).__name__}, expected an object.")
-    return value
+    return parse_json(path.read_bytes(), path)
 
 
 def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
@@ -161,8 +160,15 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: got a slow tokenizer, expected a tokenizer.json. Convert it.")
-    if (folder / "tokenizer.json").exists():
-        follow_file(tokenizer, folder)
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise ValueError(
+            f"{folder}: got a chat_template that is a {type(tokenizer.chat_template).__name__}, "
+            "expected a text. Correct tokenizer_config.json."
+        )
+    with reading(folder):
+        if (folder / "tokenizer.json").exists():
+            follow_file(tokenizer, folder)
+        tokenizer.encode("a")
     return tokenizer
 
 

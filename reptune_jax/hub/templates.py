@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from reptune_jax.hub import template_bounds
+
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
@@ -37,20 +39,27 @@ def chat_text(
     given, template = arguments(tokenizer), tokenizer.chat_template
     if day := given.pop(_TODAY, ""):
         template = _CALL.sub(_told(datetime.date.fromisoformat(day)), template)
+    turns = [{**m, "content": _masked(tokenizer, m["content"])} for m in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            [{**m, "content": _masked(tokenizer, m["content"])} for m in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=template,
-            **given,
-        )
+        with template_bounds.bounded(str(template)):
+            text = tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=template,
+                **given,
+            )
+    except template_bounds.Unbounded:
+        raise
     except jinja2.TemplateError as error:
         roles = [m.get("role") for m in messages]
         raise ValueError(
             f"messages: the model's chat template refuses roles {roles}: {error}"
         ) from None
-    return str(text)
+    except Exception as error:  # it is a program from a file, and may raise anything
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"chat_template: cannot be rendered ({why}). Correct it.") from None
+    return template_bounds.check_text(str(text), sum(len(turn["content"]) for turn in turns))
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -97,7 +106,7 @@ def unset(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.chat_template)  # not jinja's
     try:
         syntax = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    except jinja2.TemplateError:  # `chat_text` says what is wrong with it
+    except (jinja2.TemplateError, RecursionError):  # `chat_text` says what is wrong with it
         return []
     # What it sets itself, if only where it is not given, has a default.
     own = {

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reptune_jax.console import say
+from reptune_jax.hub import template_bounds
 from reptune_jax.hub.templates import chat_text
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -100,7 +101,9 @@ def _opening(tokenizer: "PreTrainedTokenizerBase") -> str:
     for roles in (["user"], ["system", "user"]):
         try:
             text = chat_text(tokenizer, [{"role": role, "content": said} for role in roles])
-        except (ValueError, TypeError):  # many take no system turn
+        except template_bounds.Unbounded:
+            raise
+        except ValueError:  # many take no system turn
             continue
         texts.append(text.partition(said)[0])
     alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))

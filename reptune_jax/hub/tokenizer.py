@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 
 from reptune_jax.console import note
 from reptune_jax.hub.templates import encode
+from reptune_jax.reading import short
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -57,8 +58,10 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokens: list[str] = _field(metadata, "tokens")
-    kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    tokens: list[str] = _listed(metadata, "tokens", str, 0)
+    kinds: list[int] = [_NORMAL] * len(tokens)
+    if "tokenizer.ggml.token_type" in metadata:
+        kinds = _listed(metadata, "token_type", int, len(tokens))
     if _is_gemma(metadata):
         core = _sentencepiece_bpe(metadata, tokens, kinds)
     else:
@@ -66,7 +69,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     core.add_tokens(_added(tokens, kinds, _USER_DEFINED))
     core.add_special_tokens(_added(tokens, kinds, _CONTROL))
     special = {
-        f"{name}_token": tokens[metadata[key]]
+        f"{name}_token": tokens[_id(metadata, key, len(tokens))]
         for name in ("bos", "eos", "pad", "unk")
         if (key := _special_key(name)) in metadata
     }
@@ -81,6 +84,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
         tokenizer_object=core, clean_up_tokenization_spaces=False, **special
     )
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    if not isinstance(tokenizer.chat_template, str | None):
+        raise ValueError("tokenizer.chat_template: got no text, expected one. Convert it again.")
     arch = metadata.get("general.architecture")
     if length := metadata.get(f"{arch}.context_length"):
         tokenizer.model_max_length = length
@@ -99,6 +104,29 @@ def _field(metadata: Mapping[str, Any], key: str) -> Any:
     return metadata[f"tokenizer.ggml.{key}"]
 
 
+def _listed(metadata: Mapping[str, Any], key: str, kind: type, count: int) -> list[Any]:
+    """A list of `kind`, of `count` items; of any number, but not none, where that is 0."""
+    value = _field(metadata, key)
+    fits = isinstance(value, list) and all(type(item) is kind for item in value)
+    if not fits or len(value) != (count or len(value)) or not value:
+        many = f" {count}" if count else ""
+        got = f"{len(value)} items" if isinstance(value, list) else short(value)
+        raise ValueError(
+            f"tokenizer.ggml.{key}: got {got}, expected a list of{many} "
+            f"{'texts' if kind is str else 'numbers'}. Convert the file again."
+        )
+    return value
+
+
+def _id(metadata: Mapping[str, Any], key: str, V: int) -> int:
+    if type(token := metadata[key]) is not int or not 0 <= token < V:
+        raise ValueError(
+            f"{key}: got {short(token)}, expected an id below {V}, the number of tokens. "
+            "Convert the file again."
+        )
+    return token
+
+
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
     advice = "Load this model from its Hugging Face folder instead."
     if (model := _field(metadata, "model")) != "gpt2":
@@ -110,8 +138,14 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Token
         raise ValueError(
             f"tokenizer.ggml.pre: got {pre!r}, expected one of {', '.join(_PRE)}. {advice}"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in _field(metadata, "merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in _listed(metadata, "merges", str, 0)]
     vocab = {token: i for i, token in enumerate(tokens)}
+    for merge in merges:
+        if len(merge) != 2 or any(piece not in vocab for piece in (*merge, "".join(merge))):
+            raise ValueError(
+                f"tokenizer.ggml.merges: got {short(' '.join(merge))}, expected two tokens that "
+                "make a third. Convert the file again."
+            )
     core = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         core.normalizer = normalizers.NFC()
@@ -134,7 +168,8 @@ def _sentencepiece_bpe(
     There are no merges in the file: a piece may be made of any two others, and earlier pieces come
     first, as their scores say. Pieces that users defined (tags, runs of spaces) are cut out before.
     """
-    scores = [s for s, k in zip(_field(metadata, "scores"), kinds, strict=True) if k == _NORMAL]
+    every = _listed(metadata, "scores", float, len(tokens))
+    scores = [s for s, k in zip(every, kinds, strict=True) if k == _NORMAL]
     if any(later > earlier for earlier, later in itertools.pairwise(scores)):
         raise ValueError(
             "tokenizer.ggml.scores: got scores that rise, expected pieces from the best to the "
@@ -149,7 +184,8 @@ def _sentencepiece_bpe(
         if piece[:cut] in pieces and piece[cut:] in pieces
     ]
     vocab = {token: i for i, token in enumerate(tokens)}
-    unknown = tokens[_field(metadata, "unknown_token_id")]
+    _field(metadata, "unknown_token_id")
+    unknown = tokens[_id(metadata, _special_key("unk"), len(tokens))]
     bpe = BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     core = Tokenizer(bpe)
     core.normalizer = normalizers.Replace(" ", "▁")

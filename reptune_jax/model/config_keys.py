@@ -4,7 +4,7 @@ Configs are older than some of the keys. A key that a config lacks has its famil
 so it has it here, and the reader remembers which were taken so that they can be said.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from reptune_jax.model.arch import Rope
@@ -58,6 +58,68 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"layer_norm_epsilon": 1e-5, "n_positions": 1024},
     "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10_000.0, "rotary_pct": 0.25},
 }
+
+
+# What the values of these keys are, where they are not null: a kind, by the name of its test.
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
+    "num_key_value_heads n_embd n_layer n_head n_positions n_inner sliding_window_pattern "
+    "no_rope_layer_interval original_max_position_embeddings"
+)
+_COUNTS = "sliding_window max_window_layers"
+_ABOVE = (
+    "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rope_local_base_freq "
+    "rotary_emb_base query_pre_attn_scalar logits_scaling factor low_freq_factor high_freq_factor"
+)
+_FROM_0 = "attn_logit_softcapping final_logit_softcapping"
+_FINITE = "attention_multiplier embedding_multiplier residual_multiplier"
+_SHARES = "rotary_pct partial_rotary_factor"
+_FLAGS = (
+    "attention_bias mlp_bias tie_word_embeddings use_sliding_window use_parallel_residual "
+    "scale_attn_weights scale_attn_by_inverse_layer_idx add_cross_attention "
+    "use_bidirectional_attention"
+)
+_TEXTS = "hidden_act hidden_activation activation_function"
+_OBJECTS = "rope_scaling rope_parameters full_attention sliding_attention"
+_LARGEST = 1e30  # of numbers that float32 is computed with
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _real(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST  # not NaN either
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(type(v) is kind for v in value)
+
+
+_Test = tuple[Callable[[Any], bool], str]
+_TESTS: dict[str, _Test] = {
+    **dict.fromkeys(_SIZES.split(), (lambda v: _whole(v) and v > 0, "a whole number above 0")),
+    **dict.fromkeys(_COUNTS.split(), (_whole, "a whole number from 0 on")),
+    **dict.fromkeys(_ABOVE.split(), (lambda v: _real(v) and v > 0, "a number above 0")),
+    **dict.fromkeys(_FROM_0.split(), (lambda v: _real(v) and v >= 0, "a number from 0 on")),
+    **dict.fromkeys(_FINITE.split(), (_real, "a number")),
+    **dict.fromkeys(_SHARES.split(), (lambda v: _real(v) and 0 < v <= 1, "a share up to 1")),
+    **dict.fromkeys(_FLAGS.split(), (lambda v: type(v) is bool, "true or false")),
+    **dict.fromkeys(_TEXTS.split(), (lambda v: isinstance(v, str), "a name")),
+    **dict.fromkeys(_OBJECTS.split(), (lambda v: isinstance(v, Mapping), "an object")),
+    "layer_types": (_list_of(str), "a list of names"),
+    "no_rope_layers": (_list_of(int), "a list of 0 and 1"),
+}
+
+
+def check_values(config: Config) -> None:
+    """Raises ValueError where a key that is computed with has a value of another kind."""
+    for key, value in config.items():
+        fits, expected = _TESTS.get(key, (None, ""))
+        if fits and value is not None and not fits(value):
+            raise ValueError(f"{key}: got {repr(value)[:60]}, expected {expected}. Correct it.")
+        if isinstance(value, Mapping) and key in _OBJECTS.split():
+            check_values(value)
 
 
 class Reading(dict[str, Any]):

@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from reptune_jax.model.arch import Arch, Layer, Rope
-from reptune_jax.model.config_keys import Config, Reading, need, read_rope, rope_settings
+from reptune_jax.model.config_keys import (
+    Config,
+    Reading,
+    check_values,
+    need,
+    read_rope,
+    rope_settings,
+)
 
 
 def _no_quirks(config: Reading) -> dict[str, Any]:
@@ -207,6 +214,19 @@ def is_tied(config: Config) -> bool:
     return bool(config.get("tie_word_embeddings", FAMILIES[config["model_type"]].tied))
 
 
+def depth(config: Config) -> int | None:
+    """How many layers it says there are; None for a family that is refused.
+
+    Raises:
+      ValueError: no such number.
+    """
+    family = FAMILIES.get(name) if isinstance(name := config.get("model_type"), str) else None
+    if family is None:
+        return None
+    check_values(config)
+    return need(config, family.keys.get("num_hidden_layers", "num_hidden_layers"))
+
+
 # Where a config may say a thing twice: what transformers reads, what it then passes over.
 _RIVALS = (
     ("rope_scaling", "rope_parameters"),
@@ -268,12 +288,13 @@ def _without(config: Config, path: list[str]) -> dict[str, Any]:
 
 def _read(config: Reading) -> Arch:
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"model_type: got {name!r}, expected one of {', '.join(sorted(FAMILIES))}. "
             f"{_advice(name)}"
         )
     family = FAMILIES[name]
+    check_values(config)
 
     def size(key: str) -> Any:
         return need(config, family.keys.get(key, key))
@@ -289,13 +310,18 @@ def _read(config: Reading) -> Arch:
             f"layers: got the kinds of {len(layers)}, expected those of num_hidden_layers = {N}. "
             "Check layer_types or no_rope_layers."
         )
+    K = config.default("num_key_value_heads") or H
+    if H % K:
+        raise ValueError(
+            f"num_key_value_heads: got {K}, expected a divisor of the {H} heads. Correct it."
+        )
     return Arch(
         family=name,
         V=size("vocab_size"),
         D=D,
         N=N,
         H=H,
-        K=config.default("num_key_value_heads") or H,
+        K=K,
         Dh=config.default("head_dim") or D // H,
         norm_eps=float(config.need(family.keys.get("rms_norm_eps", "rms_norm_eps"))),
         tied=is_tied(config),

@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
+from reptune_jax.data import schema
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.tuning import Answer, answer_row
 from reptune_jax.folder import Study, write_whole
@@ -93,11 +95,37 @@ def make_targets(
 
 
 def read_targets(path: Path) -> list[Answer]:
-    """Reads targets.jsonl."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        Answer(**row | {"odds": math.nan if row["odds"] is None else row["odds"]}) for row in rows
-    ]
+    """Reads targets.jsonl.
+
+    Raises:
+      FileNotFoundError, ValueError: with file and line number, what `write_targets` never writes.
+    """
+    found = []
+    for number, row in schema.json_lines(path):
+        row = schema.checked(row, _ANSWER, f"{path}, line {number}")
+        found.append(Answer(**row | {"odds": math.nan if row["odds"] is None else row["odds"]}))
+    return found
+
+
+def _odds(value: Any) -> str:
+    fits = value is None or (type(value) in (int, float) and math.isfinite(value))
+    return "" if fits else "a finite number or null"
+
+
+def _ids(value: Any) -> str:
+    ids = isinstance(value, list) and value and all(type(i) is int for i in value)
+    return "" if ids and all(0 <= i < 2**31 for i in value) else "a list of token ids"
+
+
+_ANSWER = {
+    "item": schema.string,
+    "split": schema.among(schema.SPLITS),
+    "sign": lambda value: "" if type(value) is int and value in (1, -1) else "1 or -1",
+    "prompt": schema.text,
+    "text": schema.text,
+    "ids": _ids,
+    "odds": _odds,
+}
 
 
 def write_targets(path: Path, targets: list[Answer]) -> None:

@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from reptune_jax.hub.safetensors_io import save_file
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Probe, Steer, steer_all
+from reptune_jax.reading import parse_json, reading, short
 
 _FORMAT = "reptune_jax.vector.2"
+_AGAIN = "Run `extract` again."
 _BEFORE = "reptune_jax.vector.1"  # position `all` counted the first token, and so did its norms
 
 
@@ -205,7 +207,7 @@ class SteeringVector:
             with safe_open(path, "numpy") as f:
                 about = f.metadata() or {}
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except SafetensorError as e:
+        except (SafetensorError, TypeError, ValueError) as e:
             raise ValueError(
                 f"{path}: not a readable safetensors file ({e}). Run `extract` again."
             ) from None
@@ -216,7 +218,11 @@ class SteeringVector:
             )
         if absent := sorted({"directions", "residual_norm", "mean"} - tensors.keys()):
             raise ValueError(f"{path}: lacks {', '.join(absent)}. Run `extract` again.")
-        meta = json.loads(about["meta"])
+        with reading(path, _AGAIN):
+            meta, layers = parse_json(about["meta"], path, _AGAIN), json.loads(about["layers"])
+            _check_meta(meta)
+            if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+                raise ValueError(f"got layers {short(layers)}, expected numbers of layers.")
         if about["format"] == _BEFORE and meta.get("position") == "all":
             raise ValueError(
                 f"{path}: got a vector of an earlier version whose norms and directions hold the "
@@ -224,12 +230,44 @@ class SteeringVector:
                 "`extract` again."
             )
         arrays = tensors["directions"], tensors["residual_norm"], tensors["mean"]
-        try:
-            vector = cls(*arrays, tuple(json.loads(about["layers"])), meta)
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
+        with reading(path, _AGAIN):
+            _check_arrays(*arrays)
+            vector = cls(*arrays, tuple(layers), meta)
         vector.check_directions(f"{path}")
         return vector
 
     def _with(self, directions_NxD: np.ndarray) -> "SteeringVector":
         return dataclasses.replace(self, directions_NxD=directions_NxD.astype(np.float32))
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    """Raises ValueError where what is read of it later is not as `save` writes it."""
+    agreement, given = meta.get("agreement"), meta.get("template_arguments", {})
+    numbers = agreement is None or isinstance(agreement, list)
+    if numbers and agreement:
+        numbers = all(a is None or (type(a) in (int, float) and abs(a) < 2) for a in agreement)
+    texts = (meta.get(key, "") for key in ("model", "model_sha", "method", "position", "template"))
+    fits = {
+        "norm": meta.get("norm", "raw") in ("raw", "unit"),
+        "agreement": numbers,
+        "template_arguments": isinstance(given, dict),
+        "model, method or position": all(isinstance(text, str) for text in texts),
+    }
+    if wrong := [key for key, good in fits.items() if not good]:
+        raise ValueError(f"got other values of {wrong[0]} in its meta than `extract` writes.")
+
+
+def _check_arrays(
+    directions_NxD: np.ndarray, residual_norm_N: np.ndarray, mean_NxD: np.ndarray
+) -> None:
+    """Raises ValueError for other types, and for lengths that no model's residuals have."""
+    arrays = directions_NxD, residual_norm_N, mean_NxD
+    if any(array.dtype != np.float32 for array in arrays):
+        found = ", ".join(array.dtype.name for array in arrays)
+        raise ValueError(f"got {found}, expected float32 directions, norms and means.")
+    with np.errstate(over="ignore", invalid="ignore"):
+        for what, array in (("directions", directions_NxD), ("means", mean_NxD)):
+            if array.ndim == 2 and np.isinf(np.square(array).sum(1)).any():
+                raise ValueError(f"got {what} whose length float32 cannot hold, expected smaller.")
+    if (residual_norm_N <= 0).any():
+        raise ValueError("got a residual norm that is not above 0, expected means of lengths.")

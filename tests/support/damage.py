@@ -29,7 +29,7 @@ def drawn(strategy: st.SearchStrategy[Case], count: int, start: int = 0) -> list
 
     @seed(start)
     @settings(
-        max_examples=count,
+        max_examples=4 * count,  # many are drawn twice
         database=None,
         deadline=None,
         phases=[Phase.generate],
@@ -40,7 +40,7 @@ def drawn(strategy: st.SearchStrategy[Case], count: int, start: int = 0) -> list
         found.setdefault((case.format, case.what), case)
 
     collect()
-    return list(found.values())
+    return list(found.values())[:count]
 
 
 # ---------------------------------------------------------------- JSON

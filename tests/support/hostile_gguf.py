@@ -1,4 +1,4 @@
-"""GGUF files, damaged: metadata of other types and sizes, tensors elsewhere, bytes that are gone."""
+"""GGUF files, damaged: metadata of other types and sizes, tensors elsewhere, bytes gone."""
 
 import struct
 from pathlib import Path
@@ -14,7 +14,7 @@ Field = tuple[str, int, Any]  # key, type, value; of an array (type of its items
 
 
 def gguf(folder: Path) -> st.SearchStrategy[Case]:
-    """Metadata of other types and sizes, tensors of other shapes and places, bytes that are gone."""
+    """The file with one thing changed."""
     path = folder / "model.gguf"
     fields, tensors, data = _parsed(path.read_bytes())
     sizes = ("_length", "count", "count_kv")
@@ -23,7 +23,7 @@ def gguf(folder: Path) -> st.SearchStrategy[Case]:
         return Case("gguf", what, {path.name: raw}, wrong)
 
     def put(at: int, odd: tuple[int, Any]) -> Case:
-        key, kind, value = fields[at]
+        key, _, value = fields[at]
         bad = [*fields[:at], (key, *odd), *fields[at + 1 :]]
         wrong = key.endswith(sizes) and "context" not in key and odd[1] != value
         return case(f"{key} = {odd!r}"[:90], _written(bad, tensors, data), wrong)
