@@ -23,7 +23,7 @@ from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.hub.endings import said
 from reptune_jax.hub.source import Source
-from reptune_jax.model import attention, decode, finite, inputs, score
+from reptune_jax.model import attention, decode, families, finite, inputs, score
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.cache import init_cache
 from reptune_jax.model.intervene import Steer, Steerable, as_steer
@@ -69,6 +69,11 @@ class Model:
         """Identifies the base weights; a tuned model has its base's."""
         norm_D, table_VxD = self.params["final_norm"]["scale"], self.params["embed"]["embedding"]
         return digest.weights_sha(self.arch, norm_D, table_VxD[:64])
+
+    @functools.cached_property
+    def context(self) -> int | None:
+        """Tokens that the config says it reads at most; None where it does not say."""
+        return families.context(self.config)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -140,7 +145,7 @@ class Model:
 
         With `missing`, logits that are not finite are no error: they end a row in MISSING.
         """
-        prompts = inputs.token_rows(prompts, self.arch.V, steer)
+        prompts = inputs.token_rows(prompts, self.arch.V, steer, self.context)
         inputs.numbers(temperature, max_new=max_new, batch_size=batch_size)
         out: list[list[int]] = [[]] * len(prompts)
         size = max(1, min(batch_size, len(prompts)))  # few prompts: no rows for nothing
@@ -220,7 +225,7 @@ class Model:
 
         With `missing`, a sum that is not finite is NaN and no error.
         """
-        ids = inputs.token_rows(ids, self.arch.V, steer)
+        ids = inputs.token_rows(ids, self.arch.V, steer, self.context)
         starts = inputs.starts(starts, ids)
         out: list[tuple[float, bool]] = [(0.0, False)] * len(ids)
         size = max(1, min(batch_size, len(ids)))
@@ -256,7 +261,7 @@ class Model:
 
         With `missing`, what is not finite is NaN and no error.
         """
-        prompts = inputs.token_rows(prompts, self.arch.V, steer)
+        prompts = inputs.token_rows(prompts, self.arch.V, steer, self.context)
         candidates_IxC = inputs.candidates(candidates_IxC, len(prompts), self.arch.V)
         out_IxC = np.zeros(candidates_IxC.shape, np.float32)
         size = max(1, min(batch_size, len(prompts)))

@@ -14,10 +14,12 @@ from ml_collections import ConfigDict, config_flags
 
 from reptune_jax import command_line, distributed, lm, mesh, ranges
 from reptune_jax.console import say
+from reptune_jax.data import behavior as behaviors
+from reptune_jax.data import schema
 from reptune_jax.hub import templates
 from reptune_jax.hub.source import open_source
 from reptune_jax.lm import Model
-from reptune_jax.model import attention
+from reptune_jax.model import attention, families
 
 
 def main(
@@ -86,6 +88,9 @@ def load_model(c: ConfigDict) -> Model:
     templates.use(source.tokenizer, templates.parse(c.template_arguments))
     if unset := templates.unset(source.tokenizer):
         say(f"chat template: reads {', '.join(unset)}, not set in template_arguments")
+    if schema.find(c.behavior).is_file():  # who needs it says so
+        context = families.context(source.config)
+        behaviors.load(c.behavior).check_lengths(source.tokenizer, context)
     model = lm.load(source, c.dtype or None, where if where.size > 1 else None)
     about = f"{model.arch.family}, {model.dtype}"
     say(f"model: {c.model} ({about}) in {time.monotonic() - began:.1f} s")

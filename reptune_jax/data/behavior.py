@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -12,6 +13,9 @@ from reptune_jax.console import say
 from reptune_jax.data import positions, schema
 from reptune_jax.data.contrast import matched_personas
 from reptune_jax.data.schema import Item, select
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
 
 KINDS = ("free", "claim")  # open prompts that are answered in words; claims that are judged
 _looked_through: set[str] = set()  # digests
@@ -70,6 +74,23 @@ class Behavior:
                 )
         self._check_position("vector.position", c.vector.position)
         self._check_position("loss.position", c.loss.position)
+
+    def check_lengths(self, tokenizer: "PreTrainedTokenizerBase", context: int | None) -> None:
+        """That every prompt fits into a model's context, before anything is computed.
+
+        Raises:
+          ValueError: one that does not, with its item and line.
+        """
+        for item in self.items if context else ():
+            if len(item.text.encode()) <= (context or 0):
+                continue  # a token has a byte at least
+            ids = tokenizer.encode(item.text, add_special_tokens=False)
+            if len(ids) > (context or 0):
+                raise ValueError(
+                    f"behavior {self.name}, line {item.line}: item {item.id!r} has {len(ids):,} "
+                    f"tokens, expected at most {context:,}, the model's context. Shorten it: "
+                    "prompts are refused, never cut."
+                )
 
     def _check_position(self, key: str, position: str) -> None:
         known = _POSITIONS[self.kind, key]

@@ -47,6 +47,7 @@ class Item:
     tags: tuple[str, ...]  # "key:value"
     source: str
     license: str
+    line: int = dataclasses.field(default=0, repr=False, compare=False)  # of its file
 
     @property
     def text(self) -> str:
@@ -96,7 +97,7 @@ def read_jsonl(path: str | os.PathLike[str] | Traversable) -> tuple[dict[str, An
         if not items and not about and "measures" in row:
             about = checked(row, _ABOUT, f"{path}, line {number}")
             continue
-        item = _item(row, f"{path}, line {number}")
+        item = dataclasses.replace(_item(row, f"{path}, line {number}"), line=number)
         if item.id in lines:
             raise ValueError(
                 f"{path}, line {number}: id {item.id!r} is already on line {lines[item.id]}, "

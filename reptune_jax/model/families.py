@@ -214,6 +214,13 @@ def is_tied(config: Config) -> bool:
     return bool(config.get("tie_word_embeddings", FAMILIES[config["model_type"]].tied))
 
 
+def context(config: Config) -> int | None:
+    """How many tokens it was made to read at most; None where it does not say."""
+    gpt2 = config.get("model_type") == "gpt2"
+    said = Reading(config).default("n_positions" if gpt2 else "max_position_embeddings")
+    return said if type(said) is int and said > 0 else None
+
+
 def depth(config: Config) -> int | None:
     """How many layers it says there are; None for a family that is refused.
 

@@ -42,12 +42,12 @@ def token_arrays(
     return _int32(tokens_BxT), _int32(mask_BxT)
 
 
-def token_rows(rows: Any, V: int, steer: Any = None) -> list[list[int]]:
-    """Rows of ids, of any lengths.
+def token_rows(rows: Any, V: int, steer: Any = None, context: int | None = None) -> list[list[int]]:
+    """Rows of ids, each of at most `context`.
 
     Raises:
-      ValueError: no rows of ids of a vocabulary of V; an empty one; a steer that is bound to a
-        batch, where rows will be sorted and padded.
+      ValueError: no rows of ids of a vocabulary of V; an empty or too long one; a steer that is
+        bound to a batch, where rows will be sorted and padded.
     """
     if isinstance(steer, Steer):
         raise ValueError(
@@ -61,6 +61,12 @@ def token_rows(rows: Any, V: int, steer: Any = None) -> list[list[int]]:
         if not len(row):
             raise ValueError(
                 f"prompt {i}: got no tokens, expected at least one. Give it some text."
+            )
+        if context is not None and len(row) > context:
+            raise ValueError(
+                f"prompt {i}: got {len(row):,} tokens, expected at most {context:,}, the model's "
+                f"context (max_position_embeddings). Cut {len(row) - context:,} off; nothing is "
+                "cut without being asked for."
             )
         _ids(f"prompt {i}", np.asarray(row), V)
     return [row if isinstance(row, list) else np.asarray(row).tolist() for row in rows]

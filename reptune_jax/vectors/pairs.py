@@ -61,4 +61,5 @@ def _span(model: Model, side: Side, position: str | int) -> Span:
     more_ids = model.tokenizer.encode(completion, add_special_tokens=False)
     prompt_ids = model.encode_prompt(prompt, chat=False)
     ids = known_ids(model.tokenizer, prompt_ids + more_ids, model.arch.V)
+    ids = inputs.token_rows([ids], model.arch.V, context=model.context)[0]
     return Span(ids, *positions.span(model.tokenizer, ids, len(prompt_ids), position))

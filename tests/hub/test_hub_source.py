@@ -178,7 +178,7 @@ def test_index_of_another_model(sharded):
     with pytest.raises(ValueError, match=r"c is not in model-00001.*\(1 such\)"):
         read_tensors(sharded)
     (sharded / safetensors_io.INDEX).write_text("[]")
-    with pytest.raises(ValueError, match="index.json: got a JSON list, expected an object"):
+    with pytest.raises(ValueError, match=r"index\.json: got a JSON list, expected"):
         read_tensors(sharded)
 
 

@@ -2,15 +2,16 @@
 
 import contextlib
 import io
+import json
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import reptune_jax as rt
 from reptune_jax import convert, lm, program, tuned_run
@@ -21,6 +22,8 @@ from reptune_jax.vectors import extraction
 from tests.support import hostile, hostile_gguf
 from tests.support.damage import Case
 
+KINDS = ("sharded", "orbax", "run")  # that take seconds to make
+
 
 class Format(NamedTuple):
     """How the files of a kind are damaged, where whole ones lie, and who reads them."""
@@ -30,26 +33,61 @@ class Format(NamedTuple):
     read: Callable[[Path, Path], Any]  # (the damaged folder, the folder of all whole ones)
 
 
-def make_whole(folder: Path) -> None:
+def make_whole(folder: Path, kinds: Collection[str] = KINDS) -> None:
     """A tiny model in every form, with an adapter, a run, a vector, targets and a behavior."""
     from tests.support import hub_models, lora_case, tiny, tiny_behavior  # they import torch
 
     hf = tiny.make_llama(folder / "hf")
-    model = lm.load(str(hf), "float32")
-    sharded = tiny.make_llama(folder / "sharded")
-    save_tensors(sharded, load_file(sharded / "model.safetensors"), 100_000)
-    convert.run(str(hf), str(folder / "orbax"), format="orbax")
-    lora_case.make_run(folder / "run", model)
-    convert.run(str(folder / "run"), str(folder / "adapter"), format="adapter")
+    if "sharded" in kinds:
+        sharded = tiny.make_llama(folder / "sharded")
+        save_tensors(sharded, load_file(sharded / "model.safetensors"), 100_000)
+    if "orbax" in kinds:
+        convert.run(str(hf), str(folder / "orbax"), format="orbax")
+    if "run" in kinds:
+        lora_case.make_run(folder / "run", lm.load(str(hf), "float32"))
     (folder / "gguf").mkdir()
     hub_models.write_gguf(folder / "gguf" / "model.gguf", hub_models.make_model("llama"))
-    other = folder / "other"
-    other.mkdir()
-    vec = rt.extract(model, [("I love it.", "I hate it."), ("So good.", "So bad.")])
-    vec.save(other / "vector.safetensors")
+    _make_adapter(folder / "adapter")
+    (folder / "other").mkdir()
+    _make_vector(folder / "other" / "vector.safetensors")
     answers = [Answer(f"i{k}", "tune", 1, "p", "t", [5, 6, 7], 0.5) for k in range(3)]
-    extraction.write_targets(other / "targets.jsonl", answers)
-    tiny_behavior.write(other)
+    extraction.write_targets(folder / "other" / "targets.jsonl", answers)
+    tiny_behavior.write(folder / "other")
+
+
+def _make_adapter(folder: Path) -> None:
+    """As peft writes one on v of two layers."""
+    folder.mkdir()
+    rng, names = np.random.default_rng(0), {}
+    for layer in (1, 2):
+        name = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
+        for which, shape in (("A", (4, 64)), ("B", (32, 4))):
+            names[f"{name}.lora_{which}.weight"] = rng.normal(size=shape).astype(np.float32)
+    save_file(names, folder / "adapter_model.safetensors", {"format": "pt"})
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "a/model",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": ["v_proj"],
+        "exclude_modules": None,
+        "layers_to_transform": [1, 2],
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+
+
+def _make_vector(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    directions, mean = rng.normal(size=(2, 4, 64)).astype(np.float32)
+    meta = {"model": "m", "method": "mean_diff", "position": "last", "agreement": [0.5] * 4}
+    norms = np.ones(4, np.float32)
+    rt.SteeringVector(directions, norms, mean, (0, 1, 2, 3), meta).save(path)
 
 
 # ---------------------------------------------------------------- readers
