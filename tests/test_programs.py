@@ -135,6 +135,10 @@ def test_the_report_names_every_arm(done):
     page = (done[1] / "report" / "index.html").read_text()
     assert all(arm in page for arm in ("base", "prompt", "steer", *TUNED))
     assert "http://" not in page.replace("http://www.w3.org", "")  # self-contained
+    vector = (done[1] / "vector.safetensors").read_bytes()
+    for path in (done[0].model, done[0].behavior, str(done[1])):  # nothing of this machine's
+        assert path not in page
+        assert path.encode() not in vector
 
 
 def test_run_again_the_study_does_nothing(done, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.evals import judges
 from reptune_jax.evals.measures import Measure
+from reptune_jax.hub.side_files import public_name
 from reptune_jax.report import outcomes
 from reptune_jax.report import study as studies
 from reptune_jax.report.blocks import interval, number
@@ -21,12 +22,15 @@ def facts(study: Study) -> list[tuple[str, str]]:
     value = functools.partial(studies.config_value, study.config)
     arms = ", ".join(dict.fromkeys(c.name for c in study.settings()))
     tuned = rows[rows.arm.isin(TUNED_ARMS)]
+    if "model" in vector:  # of an earlier version, which wrote the path
+        vector = {**vector, "model": public_name(str(vector["model"]))}
     read = ("model", "method", "position", "norm", "pairs", "layers", "sha256")
     vector_text = "; ".join(
         f"{k} {_short(vector[k])}" for k in read if vector.get(k) not in (None, "")
     )
+    model = public_name(str(value("model") or vector.get("model") or ""))
     found = [
-        ("Model", _short(value("model") or vector.get("model") or "")),
+        ("Model", _short(model)),
         ("Model digest", ", ".join(sorted(set(rows.model_sha) - {""}))),
         ("Vector", vector_text or "none in the study folder"),
         ("Arms", arms),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from reptune_jax import mesh as meshes
 from reptune_jax.console import say
+from reptune_jax.hub.side_files import public_name
 from reptune_jax.lm import Model
 from reptune_jax.model.padding import batches_by_length, pad
 from reptune_jax.model.read import read_at_once
@@ -54,7 +55,7 @@ def make_vector(
     read = np.concatenate([meshes.fetch(ok_B) for ok_B in finite])
     order = np.argsort([r for rows in batches for r in rows])
     model.check_finite(read[order], "pairs")
-    about = {"model": model.name, "model_sha": model.sha}
+    about = {"model": public_name(model.name), "model_sha": model.sha}
     return fold.finish(kept, about | meta)
 
 

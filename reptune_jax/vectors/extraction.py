@@ -57,7 +57,7 @@ def fit(vector: SteeringVector, model: Model) -> None:
 def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVector:
     """Captures both classes and makes a vector; unit length if the config says so."""
     meta = {
-        "behavior": c.behavior,
+        "behavior": behavior.name,  # no path: the file may be given away
         "position": c.vector.position,
         "template": templates.template_sha(model.tokenizer),
         "template_arguments": templates.freeze(model.tokenizer),

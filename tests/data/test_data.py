@@ -9,6 +9,8 @@ import pytest
 from reptune_jax.data import behavior, schema
 from reptune_jax.data.neutral import KINDS, load_neutral
 from reptune_jax.data.schema import check, read_jsonl, select
+from reptune_jax.hub.tokenizer import gguf_tokenizer
+from tests.support import hub_models
 
 SHIPPED = ("honesty", "sentiment")
 ROW = {
@@ -284,3 +286,23 @@ def test_check_names_problems(more, problem):
 def test_near_duplicates_within_a_split_are_allowed():
     twin = claim("c", "The Moon is made of green butter.")
     assert not any("nearly" in problem for problem in check([*GOOD, twin]))
+
+
+def test_a_prompt_beyond_the_context_is_named_by_item_and_line(tmp_path):
+    tokenizer = hub_models.tokenizer_metadata()
+    long = {**ROW, "id": "x-2", "messages": [{"role": "user", "content": "q" * 300}]}
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n\n{json.dumps(long)}\n")
+    found, tokenizer = behavior.load(path), gguf_tokenizer(tokenizer)
+    found.check_lengths(tokenizer, 300)
+    found.check_lengths(tokenizer, None)  # a config that does not say
+    with pytest.raises(ValueError, match="line 3: item 'x-2' has 300 tokens, expected at most 299"):
+        found.check_lengths(tokenizer, 299)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"id": ' + "9" * 6000 + "}"])
+def test_deep_and_long_numbers_are_refused_by_their_line(line, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n{line}\n")
+    with pytest.raises(ValueError, match=r"line 2: malformed JSON: .*Write one object a line"):
+        read_jsonl(path)

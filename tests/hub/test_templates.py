@@ -5,7 +5,7 @@ import datetime
 import pytest
 
 from reptune_jax import lm
-from reptune_jax.hub import templates
+from reptune_jax.hub import template_bounds, templates
 from reptune_jax.hub.tokenizer import free_label_tokens, gguf_tokenizer
 from tests.support import tiny
 from tests.support.hub_models import tokenizer_metadata
@@ -111,3 +111,31 @@ def test_models_and_verdicts_take_the_same_ids(tmp_path):
     assert first == tuple(
         model.tokenizer.encode(w, add_special_tokens=False)[0] for w in ("T", "F")
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "more than",
+        ),
+        ("{{ 'x' * 10**10 }}", "a power, or a product"),
+        ("{% set n = namespace(s=9) %}{% set n.s = n.s * n.s %}", "a power, or a product"),
+        ("{{ 'x'.ljust(10**10) }}", "a power, or a product"),
+        ("{{ 'x'.ljust(9999999999) }}", "MiB, expected next to none"),
+        ("{{ 'x'.ljust(2000000) }}", "made 2,000,000 characters of 2, expected at most 1,000,040"),
+        ("{{ messages + 1 }}", "cannot be rendered .TypeError"),
+        ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "cannot be rendered"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "cannot be rendered .RecursionError"),
+    ],
+)
+def test_a_template_is_bounded_in_time_memory_and_text(tok, monkeypatch, template, message):
+    monkeypatch.setattr(template_bounds, "SECONDS", 0.2)
+    with pytest.raises(ValueError, match=f"chat_template: .*{message}"):
+        templates.chat_text(dated(tok, template), USER)
+
+
+def test_a_product_with_a_small_number_is_none_of_those(tok):
+    dated(tok, "{{ '-' * 3 }}{% for m in messages %}{{ m.content * 2 }}{% endfor %}")
+    assert templates.chat_text(tok, USER) == "---HiHi"

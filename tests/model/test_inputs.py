@@ -239,3 +239,19 @@ def test_a_models_repr_fits_on_a_screen(ours, folder, vector):
     assert repr(vector) == (
         "SteeringVector(of no model, 4 of 4 layers, width 64, norm raw, agreement unknown)"
     )
+
+
+def test_rows_are_compared_with_the_context_before_anything_is_computed(ours):
+    assert ours.context == 256  # of the tiny model's config.json
+    ids = [7] * 257
+    message = "prompt 1: got 257 tokens, expected at most 256, the model's context.*Cut 1 off"
+    with pytest.raises(ValueError, match=message):
+        ours.generate_each([[7], ids], 2)
+    with pytest.raises(ValueError, match=message):
+        ours.score_ids([[7, 8], ids], [1, 1])
+    with pytest.raises(ValueError, match=message):
+        ours.next_logp([[7], ids], np.zeros((2, 1), np.int32))
+    with pytest.raises(ValueError, match="prompt 0: got .* tokens, expected at most 256"):
+        ours.generate(["x" * 1_000_000])
+    with pytest.raises(ValueError, match="prompt 0: got .* tokens, expected at most 256"):
+        rt.extract(ours, [("x" * 1_000_000, "y")])
