@@ -251,7 +251,7 @@ def test_rows_are_compared_with_the_context_before_anything_is_computed(ours):
         ours.score_ids([[7, 8], ids], [1, 1])
     with pytest.raises(ValueError, match=message):
         ours.next_logp([[7], ids], np.zeros((2, 1), np.int32))
-    with pytest.raises(ValueError, match="prompt 0: got .* tokens, expected at most 256"):
+    with pytest.raises(ValueError, match=r"prompt 0: got .* tokens, expected at most 256"):
         ours.generate(["x" * 1_000_000])
-    with pytest.raises(ValueError, match="prompt 0: got .* tokens, expected at most 256"):
+    with pytest.raises(ValueError, match=r"prompt 0: got .* tokens, expected at most 256"):
         rt.extract(ours, [("x" * 1_000_000, "y")])

@@ -119,7 +119,18 @@ def adapter(folder: Path) -> st.SearchStrategy[Case]:
 
 def targets(folder: Path) -> st.SearchStrategy[Case]:
     """targets.jsonl: a line damaged, or the file cut short."""
-    return lines_cases("targets", folder / "targets.jsonl", lambda path, new: path != ("odds",))
+
+    def wrong(path: tuple[Any, ...], new: Any) -> bool:
+        whole = type(new) is int and 0 <= new < 2**31
+        if path[0] == "ids":  # one that is gone cannot be known
+            return new != [1] if len(path) == 1 else new is not GONE and not whole
+        if path[0] == "sign":
+            return not (type(new) is int and new in (1, -1))
+        if path[0] == "odds":
+            return new is GONE or isinstance(new, str | list | dict | bool)
+        return not isinstance(new, str)
+
+    return lines_cases("targets", folder / "targets.jsonl", wrong)
 
 
 def behavior(folder: Path) -> st.SearchStrategy[Case]:
