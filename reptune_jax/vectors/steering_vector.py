@@ -223,6 +223,8 @@ class SteeringVector:
             _check_meta(meta)
             if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
                 raise ValueError(f"got layers {short(layers)}, expected numbers of layers.")
+            if sorted(set(layers)) != layers:
+                raise ValueError(f"got layers {short(layers)}, expected each once, in order.")
         if about["format"] == _BEFORE and meta.get("position") == "all":
             raise ValueError(
                 f"{path}: got a vector of an earlier version whose norms and directions hold the "
