@@ -18,6 +18,7 @@ TEXT = 1_000_000  # characters beyond twenty times those of the turns
 _BYTES = 256 << 20  # of memory that a first rendering may take
 _FACTOR = 10_000  # the largest number that a template multiplies by
 _ADVICE = "Do not trust this model's files, or write another chat_template."
+_LOOPING = ("<template>", "jinja2/filters.py", "jinja2/utils.py")  # a template's code, and helpers
 _tried: set[str] = set()
 
 
@@ -93,7 +94,7 @@ def _in_time() -> Iterator[None]:
         return line
 
     def call(frame: FrameType, event: str, arg: Any) -> Any:
-        return line if frame.f_code.co_filename == "<template>" else None
+        return line if frame.f_code.co_filename.endswith(_LOOPING) else None
 
     sys.settrace(call)
     try:

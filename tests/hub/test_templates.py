@@ -120,6 +120,7 @@ def test_models_and_verdicts_take_the_same_ids(tmp_path):
             "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
             "more than",
         ),
+        ("{{ lipsum(n=1000000) }}", "more than"),
         ("{{ 'x' * 10**10 }}", "a power, or a product"),
         ("{% set n = namespace(s=9) %}{% set n.s = n.s * n.s %}", "a power, or a product"),
         ("{{ 'x'.ljust(10**10) }}", "a power, or a product"),
