@@ -43,6 +43,8 @@ def test_examples_are_stacked_with_padding_that_weighs_nothing():
     assert rows.target_BxLxC.tolist() == [[[7, 0], [8, 0]], [[11, 12], [0, 0]]]
     assert rows.weight_BxLxC.tolist() == [[[1, 0], [1, 0]], [[0.5, 0.5], [0, 0]]]
     assert rows.cosine_BxT.tolist() == [[0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert rows.of_B.tolist() == [0, 0]
+    assert stack_examples(examples, pad_id=99, T=6, of=[2, 1]).of_B.tolist() == [2, 1]
 
 
 def test_no_examples_is_an_error():

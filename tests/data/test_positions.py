@@ -39,6 +39,12 @@ def test_positions_of_a_prompt_and_its_completion(tok):
     assert positions.span(tok, ids, n, "last") == (n - 1, n)
 
 
+def test_an_offset_may_mean_the_prompts_first_token(tok):
+    ids = tok("an an")["input_ids"]
+    assert positions.span(tok, ids, 3, -3) == (0, 1)
+    assert positions.span(tok, ids, 1, "last") == positions.span(tok, ids, 1, -1) == (0, 1)
+
+
 def test_a_cue_in_the_completion_is_not_the_prompts(tok):
     prompt = "12\nAnswer: an\n"
     ids, n = tok(prompt + "an\nAnswer: again")["input_ids"], len(tok(prompt)["input_ids"])

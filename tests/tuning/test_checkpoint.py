@@ -132,6 +132,18 @@ def test_damage_is_named_set_aside_and_the_step_before_it_used(kind, copy, capsy
     assert_equal(restore(copy)[0], state(6))
 
 
+def test_a_number_in_the_meta_that_was_changed_is_noticed(copy, capsys):
+    """Sound JSON, another loss: only the seal can tell."""
+    meta = largest(copy / "checkpoints" / "6" / "meta")
+    text = meta.read_text()
+    assert text.count("0.4") == 2  # val_loss and best
+    meta.write_text(text.replace("0.4", "0.1"))
+    found, progress = restore(copy)
+    assert_equal(found, state(4))
+    assert progress.best == 0.3
+    assert "step 6: meta is not what was saved" in capsys.readouterr().out
+
+
 def test_with_every_step_damaged_a_run_begins_anew(copy, capsys):
     for step in "246":
         flip(largest(copy / "checkpoints" / step / "trained"))
@@ -151,6 +163,15 @@ def test_another_run_is_named_and_left_alone(three):
         ValueError, match="step 6 belongs to another run:\n  vector: 'v' there, 'w'"
     ):
         restore(three, META | {"vector": "w"})
+    with pytest.raises(ValueError, match=r"model_sha: 'm' there, 'n' now"):
+        restore(three, META | {"model_sha": "n"})
+    train_, whole = FrozenConfigDict(tuning_case.settings().train), state(0).trained
+    for trained, message in (
+        (whole | {"mlp/down/bias": jnp.zeros(3)}, r"down/bias: got None, expected float32\[3\]"),
+        ({"mlp/up/kernel": whole["mlp/up/kernel"]}, r"v/kernel: got float32.*, expected None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            restore(three, like=steps.init_state(trained, train_))
     other = {"train": {"lr": 5e-3, "save_every": 7}}
     with pytest.raises(ValueError, match=r"train.lr: 0.001 there, 0.005 now\n"):
         restore(three, META | {"config": other})
@@ -191,6 +212,25 @@ def test_a_digest_sees_one_bit_and_two_exchanged_words():
     assert digest.digests({"x": jnp.asarray(a)}) == digest.digests({"x": a})
     assert digest.digests({"x": a, "y": b})["y"] == digest.digests({"y": b})["y"]
     assert digest.digests({"x": jnp.asarray(a, jnp.bfloat16)})["x"] not in found
+
+
+def test_exchanged_numbers_are_not_what_was_saved():
+    """Their plain sum, half of a digest, is the same."""
+    a = np.arange(1, 9, dtype=np.float32)
+    meta = {"leaves": {"x": f"float32[8] {digest.digests({'x': a})['x']}"}}
+    tuned_run.check_digests(3, meta, {"x": a.copy()})
+    with pytest.raises(tuned_run.Broken, match="step 3: x is not what was saved"):
+        tuned_run.check_digests(3, meta, {"x": a[::-1].copy()})
+
+
+def test_the_best_of_equals_is_the_earliest_and_steps_are_in_order_of_numbers(tmp_path):
+    def meta(loss):
+        return {"progress": list(Progress(loss, loss))}
+
+    assert tuned_run.best_step({9: meta(0.3), 4: meta(0.3), 2: meta(0.5), 12: meta(None)}) == 4
+    for name in ("9", "100", "10", "10.broken"):
+        (tmp_path / name).mkdir()
+    assert [f.name for f in tuned_run.step_folders(tmp_path)] == ["9", "10", "100"]
 
 
 # ---------------------------------------------------------------- real processes, real signals
