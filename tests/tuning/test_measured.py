@@ -19,7 +19,8 @@ MEAN_J = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 def task(weight_J, anneal_Jx2=None, K=1):
     anneal_Jx2 = np.ones((len(weight_J), 2)) if anneal_Jx2 is None else anneal_Jx2
     probe = Probe(jnp.zeros((2, K, 3)), jnp.zeros((2, K, 3)))
-    return Objective({}, probe, None, jnp.asarray(weight_J), jnp.asarray(anneal_Jx2))
+    weights = jnp.asarray(weight_J), jnp.asarray(anneal_Jx2)
+    return Objective({}, probe, None, *weights, stop_S=jnp.zeros(0, int))
 
 
 def step_of(monkeypatch, objective, at, measure=False, **changes):
