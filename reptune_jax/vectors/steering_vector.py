@@ -233,8 +233,8 @@ class SteeringVector:
             )
         arrays = tensors["directions"], tensors["residual_norm"], tensors["mean"]
         with reading(path, _AGAIN):
-            _check_arrays(*arrays)
             vector = cls(*arrays, tuple(layers), meta)
+            _check_arrays(*arrays)
         vector.check_directions(f"{path}")
         return vector
 

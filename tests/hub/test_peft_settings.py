@@ -105,7 +105,7 @@ def test_any_other_key_is_refused_by_name(key, model, folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": "four"}, "got r 'four', expected a number above 0"),
+        ({"r": "four"}, "got r 'four', expected a whole number above 0"),
         ({"lora_alpha": None}, "got lora_alpha None, expected a number above 0"),
         (
             {"alpha_pattern": {"q_proj": True}},
