@@ -24,10 +24,13 @@ module="${1:?a module, e.g. reptune_jax.train}"
 shift
 
 export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}"
+export REPTUNE_GRACE="${REPTUNE_GRACE:-170}" # seconds for the save, of the 180 above
 log=".slurm-${SLURM_JOB_ID:-dry}.last"
+code=0
 run srun --kill-on-bad-exit=1 .venv/bin/python -m "$module" \
-  --config.mesh.data=1 --config.mesh.fsdp=-1 "$@" | tee "$log"
-if grep -q "stopped .*by SIGTERM" "$log"; then # it exits with 0, as a finished program does
-  run scontrol requeue "$SLURM_JOB_ID"
+  --config.mesh.data=1 --config.mesh.fsdp=-1 "$@" | tee "$log" || code=$?
+if grep -q "stopped by SIGTERM" "$log"; then # it exits with 143
+  run scontrol requeue "$SLURM_JOB_ID" && code=0
 fi
 rm -f "$log"
+exit "$code"

@@ -42,7 +42,7 @@ setup() {
 start() { # start MODULE FLAGS…
   local command
   command="$(printf '%q ' .venv/bin/python -m "$@")"
-  on all "cd reptune_jax && $command"
+  on all "cd reptune_jax && REPTUNE_GRACE=25 $command" # a spot machine has 30 s
 }
 
 state() {
@@ -67,11 +67,12 @@ keep() {
         continue
       fi
     fi
-    # A preempted program has saved and exits with 0, as a finished one does.
-    if start "$@" && sleep 60 && [[ "$(state)" == READY ]]; then
-      return
-    fi
+    # A preempted program has saved and exits with 143; its machine is gone a minute later.
+    local ended=0
+    start "$@" || ended=$?
+    sleep 60
     if [[ "$(state)" == READY ]]; then
+      ((ended == 0)) && return
       echo "tpu: the program failed on a machine that is well; not trying again." >&2
       return 1
     fi

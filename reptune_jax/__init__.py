@@ -5,6 +5,7 @@ import os
 # transformers is used for tokenizers only, which need no torch; do not advise installing it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from reptune_jax import ending as ending  # first: what follows takes seconds
 from reptune_jax.folder import version
 from reptune_jax.hub.export import save_hf
 from reptune_jax.lm import Model, load, load_adapter

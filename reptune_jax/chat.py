@@ -31,11 +31,8 @@ _NARROWEST = 20  # characters; narrower columns go below one another
 
 
 def run(c: ConfigDict, workdir: Path, prompts: Sequence[str] = ()) -> None:
-    """Answers `prompts`, or those typed until end of input; Ctrl-C ends it too."""
-    try:
-        converse(c, conditions(c, workdir), prompts)
-    except KeyboardInterrupt:
-        print()
+    """Answers `prompts`, or those typed until end of input."""
+    converse(c, conditions(c, workdir), prompts)
 
 
 def converse(c: ConfigDict, columns: Mapping[str, Condition], prompts: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 --config=sentiment:quick             a shipped config by name; a path works as before
 --config.study.arms=base,steer       tuples as plain lists
 --version, --help                    end with exit code 0
+--debug                              shows tracebacks (REPTUNE_DEBUG=1 is the same)
 no --config, but --workdir=DIR       where a program allows it: the config of that study
 """
 
@@ -35,7 +36,7 @@ def run(
     Raises:
       ValueError: a flag that is missing, unknown or malformed; a config that is not there.
     """
-    given = sys.argv[1:]
+    given = [arg for arg in sys.argv[1:] if arg != "--debug"]
     sys.modules["__main__"].__doc__ = doc
     for name in shown:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])

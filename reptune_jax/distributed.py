@@ -3,27 +3,34 @@
 With one process every function here is a plain call, and none of them needs `start`.
 """
 
-import socket
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
+from reptune_jax import ending
+
+_SIGNAL = "reptune_jax/signal"  # which came to any of the processes
 _TEXT = 1024  # bytes of a message that processes exchange
 _asked = 0  # how often `stop_asked` was called
 _stopping = False
 
 
-def start(
-    coordinator: str = "", processes: int = 0, process_id: int = -1, trains: bool = False
-) -> None:
+def start(coordinator: str = "", processes: int = 0, process_id: int = -1) -> None:
     """Joins the processes of a job; must come before anything that touches a device.
 
     TPU pods, Slurm and MPI are detected. Elsewhere all three arguments are needed, or none: then
-    this is the only process, which still gets a coordinator where it `trains`, since that is what
-    notices a SIGTERM.
+    this is the only process.
 
     Raises:
       ValueError: some of the arguments, but not all.
@@ -35,25 +42,58 @@ def start(
             f"{process_id}, expected all three or none. Example: --coordinator=10.0.0.2:1234 "
             "--processes=2 --process_id=0."
         )
-    # Where it is on, SIGTERM no longer ends the program but waits to be asked for.
-    jax.config.update("jax_enable_preemption_service", trains)
-    if all(given):
-        jax.distributed.initialize(coordinator, processes, process_id)
-        return
+    jax.config.update("jax_enable_preemption_service", True)
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(*((coordinator, processes, process_id) if all(given) else ()))
     except ValueError:  # no cluster
-        if trains:
-            jax.config.update("jax_check_proxy_envs", False)  # nothing leaves this machine
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]  # a free one
-            jax.distributed.initialize(f"127.0.0.1:{port}", 1, 0)
+        if all(given):
+            raise
+        jax.config.update("jax_enable_preemption_service", False)
+        return
+    ending.speaks = is_first()
+    _share_signals(global_state.client)
+
+
+def _share_signals(client: Any) -> None:
+    """A signal to one process is heard by all: by jax's, which agree on a step, and by ours.
+
+    jax put its handler of SIGTERM in the place of Python's. Python's is put back, which is how a
+    thread of ours hears of it, and calls jax's.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    jaxs = ctypes.CFUNCTYPE(None, ctypes.c_int)(libc.signal(signal.SIGTERM, None))
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    over = threading.Event()
+
+    def tell(signum: int) -> None:
+        jaxs(signal.SIGTERM)
+        told = _SIGNAL, str(signum), True  # the last: it may be there already
+        threading.Thread(target=client.key_value_set, args=told, daemon=True).start()
+
+    def hear() -> None:
+        while not (over.wait(0.5) or ending.asked()):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has one
+                os.kill(os.getpid(), int(client.key_value_try_get(_SIGNAL)))
+
+    def stop() -> None:  # a thread in native code must not outlive the interpreter
+        over.set()
+        hears.join(5)
+
+    ending.on_first.append(tell)
+    hears = threading.Thread(target=hear, name="hears", daemon=True)
+    hears.start()
+    atexit.register(stop)
 
 
 def is_first() -> bool:
     """Whether this is the process that writes files and talks to the terminal."""
     return jax.process_index() == 0
+
+
+def is_shared() -> bool:
+    """Whether there are several processes; touches no device."""
+    return global_state.num_processes > 1
 
 
 def once(write: Callable[[], object]) -> None:
@@ -114,28 +154,13 @@ def same(**values: str) -> None:
                 )
 
 
-class Stopped(Exception):
-    """A SIGTERM was heeded: what was done is saved, and the same command goes on from there."""
-
-
-def heed_stop(what: str) -> None:
-    """Between two parts of a program: ends it if a SIGTERM came meanwhile.
-
-    Raises:
-      Stopped: one came.
-    """
-    if stop_asked():
-        raise Stopped(f"stopped {what} by SIGTERM. The same command goes on from here.")
-
-
 def stop_asked() -> bool:
-    """Whether a SIGTERM came to any process. All must ask equally often; all hear it at once."""
+    """Whether a signal came to any process. All must ask equally often; all hear it at once."""
     global _asked, _stopping
+    if jax.process_count() == 1:
+        return ending.asked() is not None
     _asked += 1  # jax names one call number at which all stop, so the numbers may not skip
-    try:
-        _stopping = _stopping or multihost_utils.reached_preemption_sync_point(_asked)
-    except RuntimeError:  # not started, or without the service
-        return False
+    _stopping = _stopping or multihost_utils.reached_preemption_sync_point(_asked)
     return _stopping
 
 

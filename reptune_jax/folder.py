@@ -9,6 +9,7 @@
         config.json  vector*.safetensors  checkpoints/N/  metrics.jsonl  events.*  done.json
         results/tuned.parquet
       report/index.html         and report/plots/*.png
+      .lock                     who writes there; a run and the report have one of their own
       export/dual+_s0/          a Hugging Face folder; export/dual+_s0_adapter/ for peft
 
 A folder belongs to the config that claimed it: the same config resumes, another is refused by name,
@@ -18,9 +19,9 @@ not before: a first start that fails leaves no claim.
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +29,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
-from reptune_jax import distributed
+from reptune_jax import distributed, ending, lock
 from reptune_jax.console import say
 
+_LOCK = ".lock"
 _NAME = re.compile(r"(?P<arm>[a-z]+)(?P<sign>[+-])_s(?P<seed>\d+)")
 
 
@@ -67,9 +69,21 @@ class _Folder:
     config = _at("config.json")
     vector = _at("vector.safetensors")
 
+    def writing(self) -> AbstractContextManager[None]:
+        """No other program writes here for the block.
+
+        Raises:
+          ValueError: one does; names it.
+        """
+        return lock.held(self.path / _LOCK, for_all=True)
+
     def check(self, c: ConfigDict) -> None:
         """Raises ValueError where it belongs to another config."""
         _check(self, self._own(c))
+
+    def claimed(self, c: ConfigDict) -> bool:
+        """Whether its config.json says what `claim` would write; of a folder that is `check`ed."""
+        return self.config.exists() and not _changed(self, _as_stored(self._own(c)))
 
     def claim(self, c: ConfigDict) -> None:
         """Makes it this config's.
@@ -127,6 +141,10 @@ class Study(_Folder):
     steering = _at("results/steering.parquet")
     report = _at("report/index.html")
     plots = _at("report/plots")
+
+    def reporting(self) -> AbstractContextManager[None]:
+        """`writing` of the report alone, which may be read while the study goes on."""
+        return lock.held(self.report.with_name(_LOCK))
 
     def run(self, name: RunName | str) -> Run:
         """A run by name, there or not."""
@@ -217,9 +235,8 @@ def environment() -> dict[str, Any]:
 
 def write_whole(path: Path, text: str) -> None:
     """A reader sees the old file or the whole new one."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    with ending.whole(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def _check(folder: _Folder, values: dict[str, Any]) -> None:

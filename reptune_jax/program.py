@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from reptune_jax import command_line, distributed, lm, mesh, ranges
+from reptune_jax import command_line, distributed, ending, lm, mesh, ranges
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import schema
@@ -21,17 +22,16 @@ from reptune_jax.hub.source import open_source
 from reptune_jax.lm import Model
 from reptune_jax.model import attention, families
 
+_OF_CONFIG = (ValueError, AttributeError, KeyError, TypeError)
+_PATIENCE = 5.0  # seconds for threads, and other processes, to end by themselves
 
-def main(
-    run: Callable[..., Any], doc: str | None, trains: bool = False, of_study: bool = False
-) -> None:
+
+def main(run: Callable[..., Any], doc: str | None, of_study: bool = False) -> None:
     """Parses `--config` and `--workdir`, then calls run(config, workdir).
 
-    A program that `trains` does not die of a SIGTERM but saves first. One that is `of_study` needs
-    no --config where --workdir is a study.
-
-    A ValueError or a missing file ends the program with its message and exit code 1: those messages
-    are written for the user, a traceback would hide them.
+    A program that is `of_study` needs no --config where --workdir is a study. A ValueError, or an
+    error of the machine, ends it with its message and exit code 1: those messages are written for
+    the user, a traceback would hide them.
     """
     flag = config_flags.DEFINE_config_file(
         "config", None, "name or path, [:arg], then --config.key=value", lock_config=True
@@ -48,26 +48,46 @@ def main(
             raise ValueError(f"unexpected argument {argv[1]!r}; see --help.")
         c = ranges.check(flag.value)
         start()
-        distributed.start(coordinator.value, processes.value, process_id.value, trains)
+        distributed.start(coordinator.value, processes.value, process_id.value)
         run(c, Path(str(workdir.value)))
 
     call(lambda: command_line.run(entry, doc, shown, of_study))
 
 
 def call(entry: Callable[[], Any]) -> None:
-    """Runs a program; the user's mistakes are printed, not traced."""
+    """Runs a program; signals and the user's mistakes are a line each, not traced.
+
+    REPTUNE_DEBUG=1, or --debug, shows all there is to see.
+    """
     logging.set_verbosity(logging.WARNING)
+    debug = "--debug" in sys.argv or bool(os.environ.get("REPTUNE_DEBUG"))
+    told: list[threading.ExceptHookArgs] = []
+    traced = threading.excepthook
+    if not debug:
+        threading.excepthook = told.append  # a save that fails is told of once, below
     try:
-        entry()
-    except distributed.Stopped as e:
-        say(str(e))
-    except (ValueError, OSError, AttributeError, KeyError, TypeError) as e:
-        message = _for_user(e)
-        if os.environ.get("REPTUNE_TRACEBACK") or not message:
+        with ending.heeded():
+            entry()
+    except SystemExit:
+        raise
+    except BaseException as e:
+        asked, why = ending.asked(), "" if debug else for_user(e)
+        status = ending.code() if asked else 1
+        # Other processes must hear that this one is at its end, or they would wait for it.
+        ending.no_later_than(_PATIENCE if distributed.is_shared() or not asked else 0.0, status)
+        if asked:
+            ending.say_why(ending.stopped_by(str(e) if isinstance(e, ending.Ended) else ""))
+        elif why:
+            print("error:", *filter(None, map(str.strip, why.splitlines())), file=sys.stderr)
+        else:
             raise
-        lines = (line.strip() for line in message.splitlines())
-        print("error:", *filter(None, lines), file=sys.stderr)
-        sys.exit(1)
+        told.clear()
+        ending.clean()
+        sys.exit(status)
+    finally:
+        for one in told:
+            traced(one)
+        threading.excepthook = traced if told or debug else threading.excepthook
 
 
 def start() -> None:
@@ -115,19 +135,27 @@ def check_depth(c: ConfigDict, N: int) -> None:
             )
 
 
-def _for_user(e: BaseException) -> str:
+def for_user(e: BaseException) -> str:
     """The message of an error that was raised for the user: by this package, or by the config."""
     frames = traceback.extract_tb(e.__traceback__)
     last = frames[-1].filename
+    if isinstance(e, OSError):
+        return _of_machine(e)
     if isinstance(e, ValueError) and any(frame.name == "get_config" for frame in frames):
         return str(e)  # raised by a config file, for who chose it
     if Path(last).is_relative_to(Path(__file__).parent):
         # Other kinds of error within this package are its own faults and keep their traceback.
-        return str(e) if isinstance(e, ValueError | OSError) else ""
-    if isinstance(e, OSError) and e.filename:
-        return f"{e.filename}: {e.strerror}."  # a file for a folder, one not ours to write
-    if "ml_collections" in Path(last).parts:
-        what = "" if isinstance(e, OSError) else "config: unknown key or wrong type: "
+        return str(e) if isinstance(e, ValueError) else ""
+    if "ml_collections" in Path(last).parts and isinstance(e, _OF_CONFIG):
         reason = e.args[0] if e.args else e
-        return what + str(reason.args[0] if isinstance(reason, KeyError) else reason)
+        reason = reason.args[0] if isinstance(reason, KeyError) else reason
+        return f"config: unknown key or wrong type: {reason}"
     return ""
+
+
+def _of_machine(e: OSError) -> str:
+    """What the machine refused, with the file it was about."""
+    file = f"{e.filename}: " if e.filename else ""
+    text = f"{file}{e.strerror or e}" if e.errno else str(e)
+    advice = " Free some space; the same command resumes." if e.errno in ending.FULL else ""
+    return text if text.endswith(".") and not advice else f"{text.rstrip('.')}.{advice}"

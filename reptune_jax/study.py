@@ -35,6 +35,12 @@ def run(c: ConfigDict, workdir: Path) -> None:
         )
     if any(arm in TUNED_ARMS for arm in c.study.arms):
         behaviors.load(c.behavior).check(c, "train", "tune", "val")
+    with Study(workdir).writing():
+        make(c, workdir)
+
+
+def make(c: ConfigDict, workdir: Path) -> None:
+    """Everything that is missing."""
     study, began = Study(workdir), time.monotonic()
     with timed("model, vector and targets"):
         bench = prepare(c, study)
@@ -100,8 +106,7 @@ def export_adapter(study: Study, base: Model, name: RunName) -> None:
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Says what begins, and how long it took; a SIGTERM is heeded before it."""
-    distributed.heed_stop(f"before {what}")
+    """Says what begins, and how long it took."""
     say(f"==> {what}")
     began = time.monotonic()
     yield
@@ -109,4 +114,4 @@ def timed(what: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    program.main(run, __doc__, trains=True)
+    program.main(run, __doc__)

@@ -35,7 +35,6 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
             f"arm: got {c.arm!r}, expected one of {', '.join(TUNED_ARMS)}. "
             "The others train nothing: see evals.baseline and evals.steering."
         )
-    distributed.heed_stop("before training")
     study = Study(workdir)
     tuned = study.run(RunName.of(c))
     study.check(c)
@@ -45,8 +44,9 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
         return tuned.path
     base = functools.cache(lambda: model or program.load_model(c))
     behaviors.load(c.behavior).check(c, "tune", "val")
-    vector = extraction.run(c, study, base)
-    loop.tune(make_job(c, study, tuned, vector, base()), base())
+    with tuned.writing():
+        vector = extraction.run(c, study, base)
+        loop.tune(make_job(c, study, tuned, vector, base()), base())
     return tuned.path
 
 
@@ -92,4 +92,4 @@ def _also(name: str, folder: str, model: Model) -> SteeringVector:
 
 
 if __name__ == "__main__":
-    program.main(run, __doc__, trains=True)
+    program.main(run, __doc__)

@@ -28,3 +28,9 @@ def programs_kept_by_a_module():
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > _MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def programs_do_not_end_pytest(monkeypatch):
+    """They see to it that their process ends, which here is that of all tests."""
+    monkeypatch.setattr("reptune_jax.ending.no_later_than", lambda seconds, status: None)

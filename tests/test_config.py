@@ -87,7 +87,7 @@ def test_only_messages_meant_for_the_user_replace_a_traceback(capsys, monkeypatc
         program.call(lambda: program.load_model(None))
     with pytest.raises(ValueError):
         program.call(lambda: json.loads("{"))
-    monkeypatch.setenv("REPTUNE_TRACEBACK", "1")
+    monkeypatch.setenv("REPTUNE_DEBUG", "1")
     with pytest.raises(ValueError):
         program.call(lambda: ranges.check(config.default()))
 

@@ -14,9 +14,11 @@ PACKAGE = ROOT / "reptune_jax"
 # package stands for all that lies in it.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("config",),
+    ("ending",),  # signals, and what must not be left half made
     ("distributed",),  # plain calls where there is one process
     ("console",),
     ("reading",),  # files that others made
+    ("lock",),
     ("folder",),
     ("stored_config",),
     ("command_line",),

@@ -44,7 +44,7 @@ def together(study):
     first = study.pair("train", workdir, *FLAGS, sleep=0.3)
     first[0].until("step 2/16")
     first[1].process.send_signal(signal.SIGTERM)
-    stopped = [p.check() for p in first]
+    stopped = [p.check(128 + signal.SIGTERM) for p in first]
     again = [p.check() for p in study.pair("train", workdir, *FLAGS)]
     return stopped, again, workdir / alone.name
 

@@ -25,13 +25,14 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     if distributed.exists(study.baseline):
         say(f"{study.baseline}: already there")
         return study.baseline
-    bench = bench or prepare(c, study)
-    untuned = Condition(bench.base, "base")
-    rows = bench.rows(untuned) + bench.judge_rows(untuned)
-    if "prompt" in c.study.arms:
-        for sign in c.study.signs:
-            rows += bench.rows(best_prompt(bench, sign))
-    write_parquet(study.baseline, rows)
+    with study.writing():
+        bench = bench or prepare(c, study)
+        untuned = Condition(bench.base, "base")
+        rows = bench.rows(untuned) + bench.judge_rows(untuned)
+        if "prompt" in c.study.arms:
+            for sign in c.study.signs:
+                rows += bench.rows(best_prompt(bench, sign))
+        write_parquet(study.baseline, rows)
     say(f"baseline: {len(rows)} rows -> {study.baseline}")
     return study.baseline
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reptune_jax import config, distributed
+from reptune_jax import config, distributed, ending
 from reptune_jax.data.schema import Item
 from reptune_jax.evals.measures import METRICS
 from reptune_jax.folder import Study
@@ -93,22 +92,17 @@ def rows_to_table(rows: Iterable[Row]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def write_parquet(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+def write_parquet(path: str | Path, rows: Iterable[Row]) -> None:
     """Writes the rows to `path` at once: a reader sees the old file or the whole new one."""
     distributed.once(lambda: _write(Path(path), rows))
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(rows_to_table(rows), temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with ending.whole(path) as scratch:
+        pq.write_table(rows_to_table(rows), scratch, compression="zstd")
 
 
-def read_study(folder: str | os.PathLike[str]) -> pd.DataFrame:
+def read_study(folder: str | Path) -> pd.DataFrame:
     """All rows under folder/**/results/*.parquet.
 
     Raises:

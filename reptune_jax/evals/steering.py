@@ -41,8 +41,16 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     if distributed.exists(path):
         say(f"{path}: already there")
         return path
-    bench = bench or prepare(c, study)
-    rows: list[Row] = []
+    with study.writing():
+        rows = measure(bench or prepare(c, study), study)
+        write_parquet(path, rows)
+    say(f"steering: {len(rows)} rows -> {path}")
+    return path
+
+
+def measure(bench: Bench, study: Study) -> list[Row]:
+    """The sweep's rows on validation and those of what it chose on test."""
+    c, rows = bench.c, list[Row]()
     for sign in c.study.signs:
         cells, found = sweep(bench, sign)
         rows += found
@@ -66,9 +74,7 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
             rows += bench.rows(cond)
             if "bake" in c.study.arms:
                 rows += bench.rows(arms.baked(cond))
-    write_parquet(path, rows)
-    say(f"steering: {len(rows)} rows -> {path}")
-    return path
+    return rows
 
 
 def sweep(bench: Bench, sign: int) -> tuple[list[Cell], list[Row]]:

@@ -25,9 +25,10 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     if distributed.exists(tuned.results):
         say(f"{tuned.results}: already there")
         return tuned.results
-    bench = bench or prepare(c, study)
-    rows = bench.rows(arms.tuned(bench.base, tuned.path))
-    write_parquet(tuned.results, rows)
+    with tuned.writing():
+        bench = bench or prepare(c, study)
+        rows = bench.rows(arms.tuned(bench.base, tuned.path))
+        write_parquet(tuned.results, rows)
     say(f"{tuned.path.name}: {len(rows)} rows -> {tuned.results}")
     return tuned.results
 

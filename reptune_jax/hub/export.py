@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from reptune_jax import distributed
+from reptune_jax import distributed, ending, lock
 from reptune_jax import mesh as meshes
 from reptune_jax.hub import safetensors_io, side_files, weights
 
@@ -48,21 +48,23 @@ def all_or_nothing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     begins by removing it.
 
     Raises:
-      ValueError: the folder is there and not empty, or a file.
+      ValueError: the folder is there and not empty, or a file; another program is making it.
     """
     folder = Path(folder).absolute()
+    with lock.held(folder.parent / f".{folder.name}.lock"):
+        yield from _made(folder)
+
+
+def _made(folder: Path) -> Iterator[Path]:
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise ValueError(
             f"{folder}: is a file or not empty, expected a new folder. Choose another or delete it."
         )
     scratch = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with ending.temporary(scratch), ending.of_file(folder):
+        scratch.mkdir(parents=True)
         yield scratch
         if folder.exists():
             folder.rmdir()
         os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise

@@ -8,6 +8,7 @@ checkpoint of its own, `params/<path>/<piece>`: one leaf and three pieces is all
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from reptune_jax import ending
 from reptune_jax.hub.names import HEADS, Spelling
 from reptune_jax.hub.safetensors_io import TensorHandle, check_written
 from reptune_jax.reading import parse_json, reading
@@ -110,7 +112,12 @@ def _save(where: Path, leaf: np.ndarray) -> None:
         {"leaf": leaf}, save_args={"leaf": ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)}
     )
     with ocp.Checkpointer(_handler()) as checkpointer:
-        checkpointer.save(where.absolute(), args=args)
+        try:
+            checkpointer.save(where.absolute(), args=args)
+        except Exception as e:  # of its own kinds, without the machine's number
+            if (number := ending.number_of(e)) is None:
+                raise
+            raise OSError(number, os.strerror(number), str(where)) from e
 
 
 def _restore(where: Path, like: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,13 @@ def save_file(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str,
     """A file of a mode that follows the umask: the library's own is for its user alone."""
     path.touch()
     mode = path.stat().st_mode
-    safetensors_numpy.save_file(dict(tensors), path, metadata=metadata)
+    try:
+        safetensors_numpy.save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as e:  # which knows neither the file nor the machine's number of it
+        number = re.search(r"os error (\d+)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     path.chmod(mode)
 
 
@@ -277,7 +284,7 @@ def stream_tensors(
                 assert (name, array.shape) == (expected, specs[name].shape), (name, expected)
                 assert array.dtype == specs[name].dtype, (name, array.dtype)
                 check_written(name, array)
-                np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 progress(array.nbytes)
                 del array  # it may be a view of a leaf, and the next one may be read next
     return _publish(folder, temporary, shards, sum(s.nbytes for s in specs.values()))

@@ -27,8 +27,9 @@ _KINDS = {
 def write(study: Study) -> Path:
     """Writes the study's report/index.html and report/plots/*.png; returns the page."""
     page, plot_dir = study.folder.report, study.folder.plots
-    plot_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(page, render(study, plot_dir))
+    with study.folder.reporting():
+        plot_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(page, render(study, plot_dir))
     return page
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 
+from reptune_jax import ending
 from reptune_jax.report.blocks import Plot
 
 # Okabe-Ito, safe for color-blind readers; arms also differ by marker, and signs by line style.
@@ -39,7 +40,8 @@ def draw(plot: Plot, png: Path | None) -> str:
         if figure is None:
             return ""
         if png is not None:
-            figure.savefig(png, dpi=160, facecolor="white")
+            with ending.whole(png) as scratch:
+                figure.savefig(scratch, format="png", dpi=160, facecolor="white")
             figure.set_layout_engine("none")  # laid out already, and slow
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from reptune_jax import config as configs
-from reptune_jax import distributed
+from reptune_jax import distributed, ending
 from reptune_jax.console import say
 from reptune_jax.folder import Run, environment
 from reptune_jax.hub import digest
@@ -82,7 +82,7 @@ class Checkpoints:
         if not saved:
             raise ValueError(
                 f"checkpoints: step {step} was not saved, because {self.folder} holds step "
-                f"{self.latest()}. Two programs may be training in one folder: stop one of them."
+                f"{self.latest()}, expected earlier ones only. Use another --workdir."
             )
         self._saving, self._metas[step] = step, sealed
 
@@ -164,10 +164,11 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as e:
             failed, self._saving = self._saving, None
+            full = "Free some space. " if ending.number_of(e) in ending.FULL else ""
             left = sorted(s for s in self._metas if s != failed and (self.folder / str(s)).exists())
             raise OSError(
                 f"checkpoints: a save into {self.folder} failed ({first_line(e)}). Intact: steps "
-                f"{', '.join(map(str, left)) or 'none'}. Free some space; the same command resumes."
+                f"{', '.join(map(str, left)) or 'none'}. {full}The same command resumes."
             ) from e
 
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from reptune_jax import distributed
+from reptune_jax import distributed, ending
 from reptune_jax import mesh as meshes
 from reptune_jax.console import say
 from reptune_jax.cost import collectives, flops, hardware
@@ -31,7 +31,7 @@ def tune(job: Job, model: Model) -> None:
     """Trains into the job's folder; resumes from its newest checkpoint.
 
     Raises:
-      distributed.Stopped: at a SIGTERM, when the step it came in is saved.
+      ending.Ended: at a signal, when the step it came in is saved.
     """
     mesh, train = model.mesh, FrozenConfigDict(job.c.train)
     cuts = partition.segments(model.arch.N, train.layers)
@@ -57,34 +57,33 @@ def tune(job: Job, model: Model) -> None:
         args = state, objective, batch, run.put(True)
         step = compiled(steps.make_step(decoder, train, mesh), args, model.arch, train, mesh)
         del args, batch  # else the first state is held while its successors are trained
-        log.begin()
+        # From here on a signal waits for the save of its step.
+        with ending.deferred(), stack.pop_all():
+            log.begin()
 
-        pending = None
-        for i in range(int(state.step), train.steps):
-            if run.enough:
-                break
-            run.profile(i)
-            last = i + 1 == train.steps
-            measure = last or every(i, train.measure_every)
-            state, metrics = step(state, objective, run.batch(i), run.put(measure))
-            if pending:  # one step late: the device is already busy with the next one
-                run.report(*pending)
-            pending = i + 1, metrics, measure, measure or last or every(i, train.log_every)
-            stop = distributed.stop_asked()
-            validate = last or every(i + 1, train.eval_every)
-            if validate or stop or run.save_due(i + 1, pending[-1]):
-                run.report(*pending)  # what a checkpoint follows is checked, and in the log
-                pending = None
-                run.validate(state) if validate else run.save(state)
-            if stop:
-                run.profile(train.steps)
-                saved.wait()
-                raise distributed.Stopped(
-                    f"stopped by SIGTERM: step {i + 1} of {train.steps} is saved. "
-                    "The same command goes on from there."
-                )
-        run.profile(train.steps)
-        run.finish(int(state.step))
+            pending = None
+            for i in range(int(state.step), train.steps):
+                if run.enough:
+                    break
+                run.profile(i)
+                last = i + 1 == train.steps
+                measure = last or every(i, train.measure_every)
+                state, metrics = step(state, objective, run.batch(i), run.put(measure))
+                if pending:  # one step late: the device is already busy with the next one
+                    run.report(*pending)
+                pending = i + 1, metrics, measure, measure or last or every(i, train.log_every)
+                stop = distributed.stop_asked()
+                validate = last or every(i + 1, train.eval_every)
+                if validate or stop or run.save_due(i + 1, pending[-1]):
+                    run.report(*pending)  # what a checkpoint follows is checked, and in the log
+                    pending = None
+                    run.validate(state) if validate else run.save(state)
+                if stop:
+                    run.profile(train.steps)
+                    saved.wait()
+                    raise ending.Ended(f"step {i + 1} of {train.steps} is saved.")
+            run.profile(train.steps)
+            run.finish(int(state.step))
 
 
 def compiled(

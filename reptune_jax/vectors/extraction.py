@@ -27,10 +27,20 @@ def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVecto
     behavior = behaviors.load(c.behavior)
     behavior.check(c, "train")
     study.check(c)
+    distributed.same(behavior=behavior.digest)
+    targets = behavior.kind != "free" or study.targets.exists()
+    if distributed.agree(study.claimed(c) and study.vector.exists() and targets):
+        return SteeringVector.load(study.vector)
+    with study.writing():
+        return _make(c, study, load, behavior)
+
+
+def _make(
+    c: ConfigDict, study: Study, load: Callable[[], Model], behavior: Behavior
+) -> SteeringVector:
     if not distributed.exists(study.vector):
         load()  # where a first start may still fail, and then claims nothing
     study.claim(c)
-    distributed.same(behavior=behavior.digest)
     if not distributed.exists(study.vector):
         vector = read_vector(c, load(), behavior)
         distributed.once(lambda: vector.save(study.vector))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from reptune_jax import ending
 from reptune_jax.hub.safetensors_io import save_file
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Probe, Steer, steer_all
@@ -177,7 +178,6 @@ class SteeringVector:
         """
         self.check_directions(f"{path}")
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "directions": np.ascontiguousarray(self.directions_NxD, np.float32),
             "residual_norm": np.ascontiguousarray(self.residual_norm_N, np.float32),
@@ -188,12 +188,8 @@ class SteeringVector:
             "layers": json.dumps(self.layers),
             "meta": json.dumps(self.meta),
         }
-        scratch = path.with_name(path.name + ".tmp")
-        try:
+        with ending.whole(path) as scratch:
             save_file(tensors, scratch, about)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SteeringVector":

@@ -1,5 +1,8 @@
 """TensorBoard's event files, by its own protos: TensorFlow is not needed."""
 
+import itertools
+import os
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,23 +15,37 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.histogram import metadata as histogram
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams import metadata as hparams
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from reptune_jax import config as configs
+from reptune_jax import ending
+
+_NAME = "events.out.tfevents."  # then when it was begun, by which TensorBoard orders files
 
 
 class Events:
-    """One event file of a run, which begins (again) after step `since`."""
+    """One event file of a run, which begins (again) after step `since`.
+
+    Its times come after those of earlier files, also where a clock was set back since.
+    """
 
     def __init__(self, folder: Path, since: int):
-        self._file = EventFileWriter(str(folder))
+        now = time.time()
+        began = max([now, *(_last_time(path) + 1 for path in folder.glob(f"{_NAME}*"))])
+        self._ahead = began - now
+        who = f"{socket.gethostname()}.{os.getpid()}"
+        names = (folder / f"{_NAME}{int(began):010d}.{who}.{n}" for n in itertools.count())
+        self._path = next(path for path in names if not path.exists())
+        with ending.of_file(self._path):
+            self._file = self._path.open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
         # TensorBoard drops older events from this step on.
-        start = SessionLog(status=SessionLog.START)
-        self._file.add_event(Event(step=since + 1, wall_time=time.time(), session_log=start))
+        self._write(step=since + 1, session_log=SessionLog(status=SessionLog.START))
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Closes the file."""
         self._file.close()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -66,7 +83,20 @@ class Events:
         self._add(0, _of_hparams(hparams.SESSION_END_INFO_TAG, session_end_info=end))
 
     def _add(self, step: int, *values: Summary.Value) -> None:
-        self._file.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+        self._write(step=step, summary=Summary(value=values))
+
+    def _write(self, **event: Any) -> None:
+        """At once, as metrics.jsonl: a kill loses neither."""
+        made = Event(wall_time=time.time() + self._ahead, **event)
+        with ending.of_file(self._path):
+            self._records.write(made.SerializeToString())
+            self._records.flush()
+
+
+def _last_time(path: Path) -> float:
+    """Of the last event in a file, or later."""
+    began = path.name.removeprefix(_NAME).partition(".")[0]
+    return max(path.stat().st_mtime, float(began) if began.isdigit() else 0.0)
 
 
 def _of_hparams(tag: str, **data: Any) -> Summary.Value:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reptune_jax import distributed
+from reptune_jax import distributed, ending
 from reptune_jax.console import clock, say
 from reptune_jax.folder import Run, write_whole
 from reptune_jax.watch import cosines, heatmap
@@ -37,7 +37,7 @@ class Log:
         self._last: tuple[int, float] | None = None
         self._aside = 0.0
         if self._writes:
-            metrics = Run(workdir).metrics
+            metrics = self._metrics = Run(workdir).metrics
             workdir.mkdir(parents=True, exist_ok=True)
             if metrics.exists():
                 last = -1 if since is None else since
@@ -57,8 +57,9 @@ class Log:
         if not self._writes:
             return
         row = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
-        self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
-        self._jsonl.flush()
+        with ending.of_file(self._metrics):
+            self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
+            self._jsonl.flush()
         self._events.scalars(step, metrics)
 
     def cosines(self, step: int, found: cosines.Spread, layers: Iterable[int]) -> None:

@@ -37,7 +37,7 @@ def main() -> None:
     Run.batch, program.start = slowly, start
     neutral.load_neutral = tiny_behavior.neutral
     module = importlib.import_module(f"reptune_jax.{name}")
-    program.main(module.run, module.__doc__, trains=name in ("train", "study"))
+    program.main(module.run, module.__doc__)
 
 
 if __name__ == "__main__":

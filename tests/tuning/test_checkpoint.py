@@ -268,7 +268,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_bits(study):
     first.until("step 3/60")
     began = time.monotonic()
     first.process.send_signal(signal.SIGTERM)
-    said = first.check()
+    said = first.check(128 + signal.SIGTERM)
     assert time.monotonic() - began < 20
     assert "stopped by SIGTERM: step " in said
     step = int(said.split("stopped by SIGTERM: step ")[1].split()[0])
