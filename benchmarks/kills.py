@@ -10,6 +10,7 @@ imported everything and touched no device. Prints Markdown tables; exits with 1 
 import argparse
 import json
 import os
+import pickle
 import random
 import runpy
 import signal
@@ -47,6 +48,7 @@ def started(work: Callable[[], object], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -106,9 +108,16 @@ def files(folder: Path) -> dict[str, Any]:
     return found
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """`files`, of a process of its own: this one must not touch a device."""
+    to = folder.parent / "read.pickle"
+    finish(lambda: to.write_bytes(pickle.dumps(files(folder))), folder.parent / "read.log")
+    return pickle.loads(to.read_bytes())
+
+
 def lost(folder: Path, whole: dict[str, Any]) -> list[str]:
     """What differs from the undisturbed one, and what was left half made."""
-    now = files(folder)
+    now = read(folder)
     wrong = [name for name in whole.keys() | now.keys() if whole.get(name) != now.get(name)]
     return wrong + [str(p) for pattern in LEFT for p in folder.parent.rglob(pattern)]
 
@@ -187,7 +196,7 @@ def programs(
     flags = f"--config={study.config}", f"--workdir={workdir}"
 
     def same() -> list[str]:
-        now = files(workdir)
+        now = read(workdir)
         wrong = [name for name, value in now.items() if value != whole.get(name)]
         return wrong + [str(p) for pattern in LEFT for p in workdir.parent.rglob(pattern)]
 
@@ -239,7 +248,7 @@ def main() -> None:
     workdir, began = study.folder / "undisturbed" / "study", time.monotonic()
     finish(program("study", f"--config={study.config}", f"--workdir={workdir}"), log)
     print(f"undisturbed: {time.monotonic() - began:.0f} s", file=sys.stderr)
-    whole, rng = files(workdir), random.Random(given.seed)
+    whole, rng = read(workdir), random.Random(given.seed)
     wrong = kills(study, given.kills, rng, whole) if given.kills else []
     wrong += signals(study, rng, whole)
     for one in wrong:
