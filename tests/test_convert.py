@@ -210,8 +210,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(model, tmp_path)
         assert process.poll() is None, "ended by itself"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    (left,) = tmp_path.iterdir()
-    assert left.name == ".out.partial" and list(left.glob("params/*"))
+    assert {p.name for p in tmp_path.iterdir()} == {".out.partial", ".out.lock"}
+    left = tmp_path / ".out.partial"
+    assert list(left.glob("params/*"))
     with pytest.raises(ValueError, match=r"has no config.json"):
         rt.load(str(left))
     convert.run(model.name, str(out), "orbax")
@@ -252,7 +253,7 @@ def test_damaged_orbax_folders_are_refused(model, tmp_path):
         with pytest.raises(ValueError, match=message):
             rt.load(str(out))
     (out / "orbax_model.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is not readable"):
+    with pytest.raises(ValueError, match=r"got format None"):
         rt.load(str(out))
 
 

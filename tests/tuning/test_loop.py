@@ -61,6 +61,7 @@ def test_the_log_holds_what_a_run_promises(finished):
     for row in trained:
         assert set(names) <= row.keys() and all(math.isfinite(row[k]) for k in names)
         expected = row["token_loss"] + row["cosine_loss"] + 0.5 * row["retain_loss"]
+        expected += 0.1 * row["ending_loss"]
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
         mean = (row["cosine/layer_01"] + row["cosine/layer_02"]) / 2
         assert row["cosine/mean"] == pytest.approx(mean, abs=1e-6)
