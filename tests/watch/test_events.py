@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams import metadata as hparams
 from reptune_jax import config, distributed, lm, train
 from reptune_jax.tuning.corpus import make_corpus
 from reptune_jax.tuning.run import Run
-from reptune_jax.watch import cosines, heatmap
+from reptune_jax.watch import cosines, events, heatmap
 from reptune_jax.watch import log as logs
 from reptune_jax.watch.events import flat_settings
 from tests.support import event_files, tiny, tiny_behavior
@@ -188,3 +188,18 @@ def test_rates_count_training_steps_only(tmp_path, monkeypatch):
         with log.aside():
             pass
         assert log.rates(5, examples=2, tokens=64) == {"examples_per_s": 0.2, "tokens_per_s": 6.4}
+
+
+def test_a_clock_that_was_set_back_hides_nothing(tmp_path, monkeypatch):
+    """The second start, which goes on after step 2, has an earlier clock than the first."""
+    for now, since, steps in ((2_000_000_000, 0, (1, 2, 3)), (1_000_000_000, 2, (3, 4))):
+        monkeypatch.setattr(events.time, "time", lambda now=now: float(now))
+        made = events.Events(tmp_path, since)
+        for step in steps:
+            made.scalars(step, {"loss": step + now / 1e10})
+        made.close()
+    found = event_files.of_plugin(tmp_path, "scalars")
+    want = {(1, "loss"): 1.2, (2, "loss"): 2.2, (3, "loss"): 3.1, (4, "loss"): 4.1}
+    assert {key: round(float(value), 4) for key, value in found.items()} == want
+    times = [e.wall_time for e in event_files.read(tmp_path).Tensors("loss")]
+    assert times == sorted(times)
