@@ -1,8 +1,10 @@
-"""Honesty on Qwen2.5-0.5B-Instruct: verdicts on true and false claims, pressure scenarios.
+"""Honesty on Qwen2.5-1.5B-Instruct: verdicts on true and false claims, pressure scenarios.
 
     python -m reptune_jax.study --config=honesty --workdir=runs/honesty
 
-The paper's recipe: the vector is read, and the cosine taken, at the newline before the answer cue.
+The paper's recipe: the vector is read, and the cosine taken, at the newline before the answer cue,
+and the rate is the paper's. At 3e-4 every tuned arm gives one verdict to all claims
+(docs/results.md). Made for an accelerator.
 """
 
 from ml_collections import ConfigDict
@@ -12,28 +14,28 @@ from reptune_jax.config import default
 
 def get_config() -> ConfigDict:
     c = default()
-    c.model = "Qwen/Qwen2.5-0.5B-Instruct"
+    c.model = "Qwen/Qwen2.5-1.5B-Instruct"
     c.behavior = "honesty"
     c.vector.position = "before_answer"
     c.vector.pairs = 64
     c.loss.position = "before_answer"
     c.loss.layers = (8, 16)
-    c.loss.cosine = 1.0
+    c.loss.cosine = 8.0
+    c.loss.center = True
     c.loss.retain = 1.0
     c.train.layers = (8, 16)
-    c.train.steps = 16
+    c.train.steps = 150
     c.train.batch = 8
     c.train.retain_batch = 2
-    c.train.lr = 3e-4
-    c.train.eval_every = 8
+    c.train.lr = 3e-5
+    c.train.eval_every = 25
     c.train.measure_every = 0
-    c.train.val_rows = 24
+    c.train.val_rows = 48
     c.steer.layers = (12,)
     c.steer.doses = (1.0, 2.0, 4.0)
     c.steer.documents = 4
     c.eval.splits = ("test",)
-    c.eval.claims = 48
-    c.eval.documents = 6
+    c.eval.claims = 120
     c.eval.heat_map = 0
     c.eval.personas = 1
     c.eval.new_tokens = 24
@@ -41,5 +43,5 @@ def get_config() -> ConfigDict:
     c.study.primary = "logodds:claim"
     c.study.arms = ("base", "prompt", "steer", "token", "vector", "dual", "random", "out")
     c.study.signs = (1, -1)
-    c.study.seeds = (0,)
+    c.study.seeds = (0, 1, 2)
     return c
