@@ -32,9 +32,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 stage lint ruff check --quiet
 stage format ruff format --check --quiet
 stage types mypy
-# Three for two cores, since tests of several processes wait a lot; neighbours stay together, since
-# they share what a module sets up.
-stage tests python -m pytest -q -n "${TEST_WORKERS:-3}" --dist worksteal "$@"
+# Neighbours stay in one process, since they share what a module sets up.
+stage tests python -m pytest -q -n "${TEST_WORKERS:-2}" --dist worksteal "$@"
 
 printf '== %s\n' "${times[@]}"
 if ((${#failed[@]})); then
