@@ -141,8 +141,8 @@ def of_file(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.filename is None:
-            e.filename = str(path)
             e.strerror = e.strerror or (os.strerror(e.errno) if e.errno else str(e))
+            e.filename = str(path)
         raise
 
 

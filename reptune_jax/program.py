@@ -156,6 +156,6 @@ def for_user(e: BaseException) -> str:
 def _of_machine(e: OSError) -> str:
     """What the machine refused, with the file it was about."""
     file = f"{e.filename}: " if e.filename else ""
-    text = f"{file}{e.strerror or e}" if e.errno else str(e)
+    text = f"{file}{e.strerror}" if e.strerror else str(e)
     advice = " Free some space; the same command resumes." if e.errno in ending.FULL else ""
     return text if text.endswith(".") and not advice else f"{text.rstrip('.')}.{advice}"

@@ -1,6 +1,7 @@
 """Set before jax is imported: tests compile a lot and compute little."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_backend_optimization_level"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=0".strip()
+
+# Whoever starts the tests in the background, or with nohup, has them ignore these; and so would the
+# programs that tests start.
+for _signal in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, signal.SIG_DFL)
 
 # Linux lets a process have 65,530 mappings of memory and every compiled program takes some; one
 # more, and the process dies without a word.
