@@ -17,10 +17,10 @@ from tests.support.folders import edit_config
 # Sizes of the weights: what a config has to say.
 _SIZES = {
     "vocab_size": 320,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 96,
     "num_hidden_layers": 7,
-    "num_attention_heads": 4,
+    "num_attention_heads": 32,
 }
 _GPT2_SIZES = {"vocab_size": 320, "n_embd": 64, "n_layer": 7, "n_head": 4}
 
