@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
     c.eval.new_tokens = 24
     c.eval.batch = 16
     c.study.primary = "logodds:claim"
-    c.study.arms = ("base", "prompt", "steer", "token", "vector", "dual", "random", "out")
+    c.study.arms = ("base", "prompt", "steer", "weights")
+    c.study.arms += ("token", "vector", "dual", "random", "preventative", "out")
     c.study.signs = (1, -1)
     c.study.seeds = (0, 1, 2)
     return c

@@ -43,12 +43,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.eval.personas = 3
     c.eval.new_tokens = 24
     c.study.primary = "vader:free"
-    c.study.arms = ("base", "prompt", "steer", "bake", "token", "vector", "dual", "random", "out")
+    c.study.arms = ("base", "prompt", "steer", "bake", "weights")
+    c.study.arms += ("token", "vector", "dual", "random", "preventative", "out")
     c.study.seeds = (0, 1, 2)
+    c.dial.arms = ("token", "random")
     if arg == "persona":
         c.targets.dose = 0.0
         c.study.arms = ("base", "steer", "token", "dual", "random")
         c.study.seeds = (0, 1)
+        c.dial.arms = ()
     return quick(c) if arg == "quick" else c
 
 
@@ -77,4 +80,5 @@ def quick(c: ConfigDict) -> ConfigDict:
     c.eval.batch = 24
     c.study.arms = ("base", "prompt", "steer", "token", "dual", "random")
     c.study.seeds = (0,)
+    c.dial.arms = ()
     return c

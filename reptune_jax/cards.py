@@ -105,7 +105,8 @@ def trained_what(tuned: TunedRun) -> str:
     if lora := tuned.lora:
         what = f"LoRA of rank {lora['rank']} and alpha {lora['alpha']:g} on "
         what += ", ".join(lora["targets"])
-    return f"{what} of layers {first} to {stop - 1}"
+    times = f", {tuned.scale:g} times their change" if tuned.scale != 1 and not lora else ""
+    return f"{what} of layers {first} to {stop - 1}{times}"
 
 
 def _title(base: str, tuned: TunedRun) -> str:

@@ -61,13 +61,14 @@ def conditions(c: ConfigDict, workdir: Path) -> dict[str, Condition]:
     vector, run_folder = SteeringVector.load(study.vector), find_run(study, c.chat.run)
     base = program.load_model(c)
     extraction.fit(vector, base)
-    tuned = arms.tuned(base, run_folder)
+    tuned = arms.tuned(base, run_folder, c.chat.scale)
+    scale = f" × {c.chat.scale:g}" if c.chat.scale != 1 else ""
     layer = c.chat.layer if c.chat.layer >= 0 else c.steer.layers[0]
     steered = arms.steered(base, vector, layer, c.chat.dose, tuned.sign)
     return {
         "base": Condition(base, "base"),
         f"steered {tuned.sign * c.chat.dose:+g} at layer {layer}": steered,
-        f"tuned {run_folder.name}": tuned,
+        f"tuned {run_folder.name}{scale}": tuned,
     }
 
 

@@ -20,6 +20,7 @@ PROGRAMS = {
     "baseline": "reptune_jax.evals.baseline",
     "steering": "reptune_jax.evals.steering",
     "tuned": "reptune_jax.evals.tuned",
+    "dial": "reptune_jax.evals.dial",
     "convert": "reptune_jax.convert",
     "report": "reptune_jax.report",
     "chat": "reptune_jax.chat",

@@ -60,7 +60,7 @@ def prepare(given: Sequence[str], of_study: bool = False) -> list[str]:
     """
     joined = [""]
     for arg in given:  # --config NAME is --config=NAME
-        takes = joined[-1] in ("--config", "--workdir") or _tuple_of(joined[-1])
+        takes = joined[-1] in ("--config", "--workdir") or _tuple_of(joined[-1]) is not None
         if takes and not arg.startswith("--"):
             joined[-1] += f"={arg}"
         else:
@@ -73,7 +73,7 @@ def prepare(given: Sequence[str], of_study: bool = False) -> list[str]:
         name, equals, value = arg.partition("=")
         if name == "--config":
             value = find_config(value)
-        elif equals and (like := _tuple_of(name)):
+        elif equals and (like := _tuple_of(name)) is not None:
             value = as_tuple(name.removeprefix("--config."), value, like)
         out.append(f"{name}{equals}{value}")
     return out
@@ -114,14 +114,14 @@ def as_tuple(key: str, text: str, like: tuple[Any, ...]) -> str:
     except (ValueError, SyntaxError):
         parts = (part.strip("'\" ") for part in text.strip("()[] ").split(","))
         found = tuple(part for part in parts if part)
-    kind = type(like[0])
+    kind = type(like[0]) if like else str  # where nothing is the default, it is of names
     if kind is float:
         found = tuple(float(v) if type(v) is int else v for v in found)
     if not all(type(value) is kind for value in found):
         names = {int: "whole numbers", float: "numbers", str: "names"}
         raise ValueError(
             f"{key}: got {text!r}, expected {names[kind]} with commas between them. "
-            f"Example: --config.{key}={','.join(map(str, like))}."
+            f"Example: --config.{key}={','.join(map(str, like or ('token',)))}."
         )
     return repr(found)
 

@@ -18,13 +18,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "prompt": {},  # a persona as system turn
     "steer": {},  # the vector added online
     "bake": {},  # the same constant as a bias: exact, no training
+    "weights": {},  # token's change, less that of its other sign: contrastive weight steering
     "token": {"loss.cosine": 0.0},
     "vector": {"loss.token": 0.0},
     "dual": {},
     "random": {"vector.random": True},
+    "preventative": {"loss.cosine": 0.0, "loss.steer": -1.0},  # what is learned makes up for it
     "out": {"loss.mode": "out", "loss.targets": "neutral"},
 }
-TUNED_ARMS = ("token", "vector", "dual", "random", "out")
+TUNED_ARMS = ("token", "vector", "dual", "random", "preventative", "out")
 
 MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: hold
 
@@ -33,13 +35,15 @@ ROLES: dict[str, str] = {
     "arm": "run",  # tells the runs of a study apart
     "sign": "run",
     "seed": "run",
-    "study.arms": "study",  # which runs there are, which may grow
+    "study.arms": "study",  # which arms and runs there are, which may grow
     "study.signs": "study",
     "study.seeds": "study",
     "study.export": "study",
     "study.primary": "declared",  # of the study, before it runs; no run depends on it
     "eval": "measure",  # how a model is measured: trains nothing
     "steer": "measure",
+    "dial.arms": "study",
+    "dial.scales": "measure",
     "mesh": "passing",  # may change between two starts of one run
     "train.save_every": "passing",
     "train.save_minutes": "passing",
@@ -78,6 +82,9 @@ def default() -> ConfigDict:
     c.loss = _loss()
     c.train = _train()
     c.steer = _steer()
+    c.dial = ConfigDict()  # tuned weights, scaled: base + k (tuned - base)
+    c.dial.arms = ()  # tuned arms; the arm `weights` is, whenever it is in study.arms
+    c.dial.scales = (0.5, 1.0, 2.0)  # k, swept on the validation split
     c.eval = _eval()
     c.study = _study()
     c.chat = _chat()
@@ -106,6 +113,7 @@ def _loss() -> ConfigDict:
     c.retain = 0.0  # weight of KL(base || tuned) on neutral prose and unrelated chats
     c.l2 = 0.0  # weight of the trained layers' relative squared distance from the base there
     c.own = 0.0  # weight of the cross-entropy on the base's own answers to those chats
+    c.steer = 0.0  # times the sign: dose of the vector in training, amid loss.layers
     c.ending = 0.1  # weight of the squared distance of log p(the answer ends) from the base's
     c.mode = "in"  # in: (1 - s cos)/2; out: |cos|; shift: (cos - (base cos + s shift))^2
     c.shift = 0.1  # of mode shift
@@ -217,6 +225,7 @@ def _study() -> ConfigDict:
 def _chat() -> ConfigDict:
     """What `python -m reptune_jax.chat` shows beside the untuned model; no result depends on it."""
     c = ConfigDict()
+    c.scale = 1.0  # times what tuning changed
     c.run = ""  # tuned run, e.g. dual-_s0, "" = the exported one; steered by its sign too
     c.layer = -1  # where the steered column adds the vector; -1 = first of steer.layers
     c.dose = 1.0  # how much of it

@@ -1,14 +1,15 @@
 """Program: a model from one format to another: Hugging Face, Orbax, GGUF, a tuned run, an adapter.
 
     python -m reptune_jax.convert --from=SOURCE --to=FOLDER [--format=orbax|hf|adapter]
-        [--dtype=bfloat16] [--verify]
+        [--dtype=bfloat16] [--scale=1.5] [--verify]
 
 SOURCE is a Hugging Face folder or hub id, a .gguf file, an Orbax folder made by this program, or
 the folder of a tuned run (runs/sentiment/dual+_s0) or of its study: its weights or LoRA merged into
-the base model, or with --format=adapter its LoRA alone, for `peft`. One stacked tensor is in memory
-at a time.
+the base model, or with --format=adapter its LoRA alone, for `peft`; with --scale, that many times
+what tuning changed (less than 0: its opposite). One stacked tensor is in memory at a time.
 """
 
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -31,7 +32,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(
-    given: str, to: str, format: str = "", dtype: str = "", verify: bool = False, base: str = ""
+    given: str,
+    to: str,
+    format: str = "",
+    dtype: str = "",
+    verify: bool = False,
+    base: str = "",
+    scale: float = 1.0,
 ) -> Path:
     """Converts `given` into the new folder `to`; see the program's description.
 
@@ -42,6 +49,11 @@ def run(
     format = choose_format(format, given, tuned)
     if base and tuned is None:
         raise ValueError(f"base: got {base!r} for {given}, which is no tuned run. Leave it out.")
+    if scale != 1 and tuned is None:
+        raise ValueError(f"scale: got {scale:g} for {given}, which is no tuned run. Leave it out.")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number.")
+    tuned = tuned and tuned.scaled(scale)
     name = base or (tuned.meta["model"] if tuned else given)
     if tuned is not None and format == "adapter":
         source = sources.open_source(name)
@@ -206,6 +218,7 @@ def main() -> None:
     values = {name: flags.DEFINE_string(name, None, text) for name, text in names.items()}
     text = "compare the bytes and the predictions of source and result"
     verify = flags.DEFINE_bool("verify", False, text)
+    scale = flags.DEFINE_float("scale", 1.0, "for a tuned run: times what tuning changed")
     flags.mark_flags_as_required(["from", "to"])
 
     def entry(argv: list[str]) -> None:
@@ -213,9 +226,17 @@ def main() -> None:
             raise ValueError(f"unexpected argument {argv[1]!r}; see --help.")
         program.start()
         v = {name: value.value or "" for name, value in values.items()}
-        run(v["from"], v["to"], v["format"], v["dtype"], bool(verify.value), v["base"])
+        run(
+            v["from"],
+            v["to"],
+            v["format"],
+            v["dtype"],
+            bool(verify.value),
+            v["base"],
+            float(scale.value or 0),
+        )
 
-    program.call(lambda: command_line.run(entry, __doc__, (*names, "verify")))
+    program.call(lambda: command_line.run(entry, __doc__, (*names, "verify", "scale")))
 
 
 if __name__ == "__main__":

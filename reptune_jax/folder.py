@@ -4,7 +4,7 @@
       config.json               whose it is, with versions, commit and device
       vector.safetensors        the behavior vector
       targets.jsonl             what the token loss learns from, where the model writes it
-      results/*.parquet         per-item results: baseline, steering
+      results/*.parquet         per-item results: baseline, steering, dial_<arm>
       dual+_s0/                 Run: arm, sign and seed
         config.json  vector*.safetensors  checkpoints/N/  metrics.jsonl  events.*  done.json
         results/tuned.parquet
@@ -145,6 +145,10 @@ class Study(_Folder):
     def reporting(self) -> AbstractContextManager[None]:
         """`writing` of the report alone, which may be read while the study goes on."""
         return lock.held(self.report.with_name(_LOCK))
+
+    def dial(self, arm: str) -> Path:
+        """The results of an arm's weights, scaled."""
+        return self.path / "results" / f"dial_{arm}.parquet"
 
     def run(self, name: RunName | str) -> Run:
         """A run by name, there or not."""

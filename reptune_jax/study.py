@@ -17,7 +17,7 @@ from reptune_jax import cards, convert, distributed, program, train, tuned_run
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
-from reptune_jax.evals import arms, baseline, steering, tuned
+from reptune_jax.evals import arms, baseline, dial, steering, tuned
 from reptune_jax.evals.bench import prepare
 from reptune_jax.folder import RunName, Study
 from reptune_jax.hub.export import save_hf
@@ -35,6 +35,16 @@ def run(c: ConfigDict, workdir: Path) -> None:
         )
     if any(arm in TUNED_ARMS for arm in c.study.arms):
         behaviors.load(c.behavior).check(c, "train", "tune", "val")
+    if "weights" in c.study.arms and not ("token" in c.study.arms and len(c.study.signs) == 2):
+        raise ValueError(
+            f"study.arms: got 'weights' with arms {c.study.arms} and signs {c.study.signs}, "
+            "expected token and both signs, which it is made of. Add them, or leave it out."
+        )
+    if unknown := set(c.dial.arms) - set(c.study.arms):
+        raise ValueError(
+            f"dial.arms: got {', '.join(sorted(unknown))}, expected arms of the study, which are "
+            f"{', '.join(c.study.arms)}."
+        )
     with Study(workdir).writing():
         make(c, workdir)
 
@@ -54,6 +64,9 @@ def make(c: ConfigDict, workdir: Path) -> None:
     if "steer" in c.study.arms:
         with timed("steering: sweep on validation, test of the chosen doses"):
             steering.run(c, workdir, bench)
+    if dial.dialled(c):
+        with timed("dial: tuned weights scaled, test at the KL of dual"):
+            dial.run(c, workdir, bench)
     with timed("report"):
         known = studies.read(workdir, c.study.primary or None)
         distributed.once(lambda: html.write(known))

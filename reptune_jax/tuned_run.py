@@ -51,6 +51,8 @@ class TunedRun:
     trained: Flat
     meta: dict[str, Any]
     step: int
+    scale: float = 1.0  # how many times its change is put in
+    less: "TunedRun | None" = None  # whose change is taken out of its own first
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,7 +65,8 @@ class TunedRun:
     @property
     def lora(self) -> dict[str, Any] | None:
         """Rank, alpha and targets of its adapters; None where whole weights were trained."""
-        return self.meta.get("lora")
+        about = self.meta.get("lora")
+        return about and {**about, "alpha": self.scale * about["alpha"]}
 
     @property
     def kernels(self) -> list[str]:
@@ -77,12 +80,42 @@ class TunedRun:
         theirs = (table(family)[path].hf for path in ours)
         return ours | {hf.format(l=l) for hf in theirs for l in range(first, stop)}
 
-    def change(self, kernel: str, layers: slice = slice(None)) -> Any:
-        """What its adapters add to a kernel in some of the tuned layers, float32 [L, ...]."""
-        assert self.lora is not None
-        path = kernel.removesuffix("/kernel")
+    def scaled(self, scale: float) -> "TunedRun":
+        """The dial: base + scale x (tuned - base)."""
+        return dataclasses.replace(self, scale=scale)
+
+    def without(self, other: "TunedRun") -> "TunedRun":
+        """base + scale x (this - `other`): contrastive weight steering (arXiv 2511.05408).
+
+        Raises:
+          ValueError: they are runs of different models, or changed different weights.
+        """
+        ours, theirs = ((r.meta["model_sha"], r.meta["layers"], r.kernels) for r in (self, other))
+        if ours != theirs:
+            raise ValueError(
+                f"{other.folder}: changed {theirs}, got {ours} of {self.folder}, expected the same "
+                "model, layers and weights. Take two runs of one study."
+            )
+        return dataclasses.replace(self, less=other)
+
+    def tuned(self, kernel: str, before: Any, layers: slice = slice(None)) -> Any:
+        """A kernel of some of the tuned layers, of which `before` is the base's; float32 [L, ...].
+
+        With a scale of 1 whole weights are those that were trained, to the bit.
+        """
+        if self.scale == 1 and not self.less and not self.lora:
+            return self.trained[kernel][layers].astype(np.float32)
+        change = self._change(kernel, before, layers)
+        if self.less:
+            change = change - self.less._change(kernel, before, layers)
+        return before + self.scale * change
+
+    def _change(self, kernel: str, before: Any, layers: slice) -> Any:
+        if not self.lora:
+            return self.trained[kernel][layers].astype(np.float32) - before
+        path, about = kernel.removesuffix("/kernel"), self.meta["lora"]
         a, b = (self.trained[f"{path}/{leaf}"][layers] for leaf in (lora.A, lora.B))
-        return lora.delta(a, b, self.lora["alpha"] / self.lora["rank"])
+        return lora.delta(a, b, about["alpha"] / about["rank"])
 
     def over(self, base: Model) -> Model:
         """The base with this run's weights, or its adapters, put in.
@@ -97,7 +130,7 @@ class TunedRun:
         for path in self.kernels:
             whole = flat[f"blocks/{path}"]
             before = whole[first:stop].astype(jnp.float32)
-            tuned = before + self.change(path) if self.lora else self.trained[path]
+            tuned = jnp.asarray(self.tuned(path, before))
             stored = tuned.astype(whole.dtype)
             rounding.add(before, tuned - before, stored)
             flat[f"blocks/{path}"] = whole.at[first:stop].set(stored)
@@ -122,11 +155,8 @@ class TunedRun:
                 out = whole.astype(to, copy=False)
                 for l in range(first, stop) if name in changed else ():
                     path, before = changed[name], whole[l].astype(np.float32)
-                    if self.lora:
-                        one = slice(l - first, l - first + 1)
-                        tuned = before + np.asarray(self.change(path, one)[0])
-                    else:
-                        tuned = np.asarray(self.trained[path][l - first], np.float32)
+                    one = slice(l - first, l - first + 1)
+                    tuned = np.asarray(self.tuned(path, before[None], one)[0], np.float32)
                     stored = tuned.astype(to)
                     rounding.add(out[l], tuned - before, stored)
                     out[l] = stored

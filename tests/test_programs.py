@@ -14,7 +14,7 @@ from reptune_jax.evals import arms
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.support import tiny, tiny_behavior
 
-TUNED = ("token", "vector", "dual", "random", "out")
+TUNED = ("token", "vector", "dual", "random", "preventative", "out")
 NO_SIGN = ("out", -1)  # tuning out is the same for both signs, and runs once
 
 
@@ -30,7 +30,9 @@ def done(tmp_path_factory):
             tiny_behavior.write(folder),
             train__steps=4,
             loss__retain=0.5,
-            study__arms=("base", "prompt", "steer", "bake", *TUNED),
+            study__arms=("base", "prompt", "steer", "bake", "weights", *TUNED),
+            dial__arms=("token",),
+            dial__scales=(1.0, 2.0),
         )
         study.run(c, folder / "runs")
         return c, folder / "runs"
@@ -71,7 +73,7 @@ def test_every_arm_is_measured_in_every_way(done):
     for row in rows:
         found[row["arm"], row["sign"]].add((row["metric"], row["split"]))
     expected = {("base", 0)} | {
-        (arm, sign) for arm in ("prompt", "steer", "bake", *TUNED) for sign in (1, -1)
+        (arm, sign) for arm in ("prompt", "steer", "bake", "weights", *TUNED) for sign in (1, -1)
     }
     assert set(found) == expected - {NO_SIGN}
     for condition, measured in found.items():
@@ -109,6 +111,15 @@ def test_baking_is_steering(done):
     assert baked and baked.keys() <= steered.keys()
     for key, value in baked.items():
         assert value == pytest.approx(steered[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("arm", ["token", "weights"])
+def test_the_dial_is_swept_on_validation_and_one_scale_is_tested(done, arm):
+    rows = [r for r in table(done[1]) if r["arm"] == arm and r["k"]]
+    for sign in (1, -1):
+        at = {(r["split"], r["k"]) for r in rows if (r["sign"], r["metric"]) == (sign, "vader")}
+        swept, tested = ({k for split, k in at if split == name} for name in ("val", "test"))
+        assert swept == {1.0, 2.0} and len(tested) == 1 and max(tested) <= 2.0
 
 
 @pytest.mark.parametrize("sign", "+-")

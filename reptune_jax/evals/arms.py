@@ -23,14 +23,15 @@ class Condition:
     seed: int = 0
     persona: Item | None = None  # put in front as a system turn
     steer: SteeringVector | None = None  # added at every token
-    k: float = 0.0  # dose it was scaled by
+    k: float = 0.0  # dose it was scaled by; of tuned weights, times their change (0: as trained)
     layer: int = -1  # first layer it is added at
 
     @property
     def title(self) -> str:
         """For the person watching."""
-        steered = f", dose {self.k:g} at layer {self.layer}" if self.k else ""
-        return f"{self.arm} {self.sign:+d} seed {self.seed}{steered}"
+        steered = f"dose {self.k:g} at layer {self.layer}"
+        how = steered if self.layer >= 0 else f"{self.k:g} times its change"
+        return f"{self.arm} {self.sign:+d} seed {self.seed}{', ' + how if self.k else ''}"
 
     def under_persona(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
         """Turns with the persona in front, where there is one."""
@@ -75,11 +76,23 @@ def baked(cond: Condition) -> Condition:
     return dataclasses.replace(cond, arm="bake", model=bake(cond.model, cond.steer), steer=None)
 
 
-def tuned(base: Model, run: Path) -> Condition:
-    """The best checkpoint of a training run.
+def tuned(base: Model, run: Path, scale: float | None = None) -> Condition:
+    """The best checkpoint of a training run; with a `scale`, that many times its change.
 
     Raises:
       FileNotFoundError: no finished checkpoint. ValueError: it belongs to another base model.
     """
     found = tuned_run.load(run)
-    return Condition(found.over(base), *found.name)
+    scaled = found.scaled(1.0 if scale is None else scale)
+    return Condition(scaled.over(base), *found.name, k=scale or 0.0)
+
+
+def weights(base: Model, toward: Path, away: Path, scale: float) -> Condition:
+    """`scale` times what a run changed and its twin of the other sign did not, added to the base.
+
+    Raises:
+      FileNotFoundError, ValueError: as `tuned`; or they are no twins.
+    """
+    run = tuned_run.load(toward)
+    found = run.without(tuned_run.load(away)).scaled(scale)
+    return Condition(found.over(base), "weights", run.name.sign, run.name.seed, k=scale)

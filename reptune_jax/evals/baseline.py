@@ -42,10 +42,9 @@ def best_prompt(bench: Bench, sign: int) -> Condition:
     label = 1 if sign > 0 else 0
     personas = [p for p in bench.behavior.select(format="persona") if p.label == label]
     conditions = [arms.prompted(bench.base, p, sign) for p in personas[: bench.c.eval.personas]]
-    prompts = bench.prompts("val")
-    if len(conditions) == 1 or not prompts or bench.judged is None:
+    if len(conditions) == 1:
         return conditions[0]
-    effects = [sign * bench.effect(bench.free_rows(cond, prompts)) for cond in conditions]
+    effects = [sign * bench.effect(bench.primary_rows(cond, "val")) for cond in conditions]
     return conditions[int(np.argmax(np.nan_to_num(effects, nan=-np.inf)))]
 
 

@@ -16,7 +16,7 @@ from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.schema import Item
 from reptune_jax.evals import claims, generation, measures, scoring
 from reptune_jax.evals.arms import Condition
-from reptune_jax.evals.measures import METRICS
+from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.results import Row
 from reptune_jax.folder import Study
 from reptune_jax.lm import Model
@@ -40,6 +40,11 @@ class Bench:
     def judged(self) -> str | None:
         """The metric that judges the behavior's generated answers, if there is one."""
         return measures.judged(self.behavior.measures)
+
+    @functools.cached_property
+    def primary(self) -> Measure:
+        """What the study declared; by default the behavior's first measure."""
+        return Measure.parse(self.c.study.primary or self.behavior.measures[0])
 
     @functools.cached_property
     def references(self) -> list[scoring.Reference]:
@@ -79,13 +84,22 @@ class Bench:
         """Answers to open prompts, judged where the behavior has a judge."""
         return generation.rows(self.c.eval, cond, self.labels(cond), prompts, self.judged)
 
+    def primary_rows(self, cond: Condition, split: str) -> list[Row]:
+        """What choices on validation are made by, and the measures that come with it."""
+        if self.primary.judged:
+            return self.free_rows(cond, self.prompts(split))
+        labels, settings = self.labels(cond), self.c.eval
+        if self.primary.format == "free":
+            return scoring.contrast_rows(cond, labels, self.prompts(split), settings.batch)
+        return claims.rows(settings, cond, labels, self.behavior, split)
+
     def effect(self, rows: list[Row]) -> float:
-        """Mean of what choices on validation are made by: the judge's score, else log-odds.
+        """Mean of the primary measure.
 
         NaN where one of them is missing: the rest would be other items than those of other choices.
         """
-        metric = self.judged or "logodds"
-        return float(np.mean([row.value for row in rows if row.metric == metric]))
+        of = self.primary.metric, self.primary.format
+        return float(np.mean([row.value for row in rows if (row.metric, row.format) == of]))
 
     def judge_rows(self, cond: Condition) -> list[Row]:
         """The judge on test answers whose label is known: the report makes an AUROC of them."""

@@ -106,7 +106,7 @@ def limitations(study: Study) -> list[str]:
             )
     if study.primary_chosen:
         lines.append("The primary measure was chosen with a flag, not by the study.")
-    absent = [arm for arm in ("prompt", *outcomes.RIVALS[1:], "dual") if arm not in set(rows.arm)]
+    absent = [arm for arm in (*outcomes.RIVALS[1:], "dual") if arm not in set(rows.arm)]
     if absent:
         lines.append(f"Arms not run: {', '.join(absent)}.")
     if not (rows.split == "ood").any():

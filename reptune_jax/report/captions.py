@@ -22,6 +22,11 @@ EXPLORATORY = _line("""
     Exploratory, as above on a measure that is not the primary one; Holm over the {tests} tests of
     this table.
 """)
+EQUAL_KL = _line("""
+    As above, but the rival is base + k (tuned − base), with the scale k at which the first seed's
+    run costs dual's KL on validation prose; both columns of KL are of the test's. Exploratory;
+    Holm over the {tests} tests of this table.
+""")
 OUTCOMES = _line("""
     By the primary measure, on test. Collapsed: lost what the untuned model can do (tells true from
     false no longer, one answer to every question, log-odds at 0, little probability on the answers
@@ -72,6 +77,11 @@ PARETO = _line("""
     bootstrap. Further from zero at the same KL is better.
 """)
 DOSE = "Mean over items at each signed dose; 0 is the base model. Band: 95 % cluster bootstrap."
+DIAL = _line("""
+    Mean over items of the first seed's runs at base + k (tuned − base): 0 is the base model, 1 as
+    trained, below 0 are the runs of the negative sign. weights: the change of token less that of
+    its other sign. Band: 95 % cluster bootstrap.
+""")
 HISTOGRAM = _line("""
     Paired Δ to base of each test item, averaged over orders, templates and seeds. Against: share
     of items that moved opposite to the arm's sign.

@@ -18,7 +18,8 @@ from reptune_jax.report import study as studies
 from reptune_jax.report.blocks import Table, interval, number, percent
 from reptune_jax.report.study import BASE, Setting, Study
 
-RIVALS = ("base", "token", "steer", "random")  # of dual, in the declared comparisons
+# Of dual, in the declared comparisons.
+RIVALS = ("base", "prompt", "steer", "token", "random", "weights", "preventative")
 
 MOVED = "moved as asked"
 NO_BETTER = "not shown better than random"
@@ -161,13 +162,20 @@ def _loops(own: Any, base: Any) -> list[str]:
     return [f"{percent(now)} of 4-token runs repeat, {percent(before)} untuned"]
 
 
-def family_frame(study: Study, measure: Measure, split: str = "test") -> Any:
-    """Family A: dual against each rival, both signs; advantage = sign x (dual - rival), Holm."""
-    rows = []
+def family_frame(
+    study: Study, measure: Measure, split: str = "test", equal_kl: bool = False
+) -> Any:
+    """Family A: dual against each rival, both signs; advantage = sign x (dual - rival), Holm.
+
+    With `equal_kl` only rivals that were scaled to dual's KL.
+    """
+    rows, pick = [], study.at_equal_kl if equal_kl else study.pick
     for sign in (1, -1):
         dual = study.pick("dual", sign, split)
         for rival in RIVALS if dual else ():
-            other = study.pick(rival, sign, split)
+            other = pick(rival, sign, split)
+            if equal_kl and other == study.pick(rival, sign, split):
+                continue
             paired = study.delta(dual, other, measure, split) if dual and other else pd.DataFrame()
             if paired.empty:
                 continue

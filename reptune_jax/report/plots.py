@@ -110,6 +110,30 @@ def dose_response(study: Study, measure: Measure) -> Figure | None:
     return figure
 
 
+def dial(study: Study, measure: Measure) -> Figure | None:
+    """Mean measure against the signed scale of tuned weights, a line and a band per arm."""
+    split = "val"
+    found = study.settings(measure.metric, split, measure.format)
+    swept = [c for c in found if c.k and c.layer < 0]
+    if len(swept) < 2:
+        return None
+    figure, axes = _subplots(1, 1, 7.4, 3.3)
+    base = studies.interval(study.measured(BASE, measure, split), "value")
+    for arm in dict.fromkeys(c.arm for c in swept):
+        at = {0.0: base} if math.isfinite(base.estimate) else {}
+        for setting in (c for c in swept if c.arm == arm):
+            at[setting.dose] = studies.interval(study.measured(setting, measure, split), "value")
+        scales, cis = zip(*sorted(at.items()), strict=True)
+        lows, highs = zip(*((ci.low, ci.high) for ci in cis), strict=True)
+        axes[0].fill_between(scales, lows, highs, color=COLORS[arm], alpha=0.15, lw=0)
+        means = [ci.estimate for ci in cis]
+        axes[0].plot(scales, means, marker=MARKERS[arm], color=COLORS[arm], ms=4, label=arm)
+    axes[0].set_xlabel("times the change of the weights, with the sign of the run")
+    axes[0].set_ylabel(f"mean {measure.label}\n({split} split)")
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def curves(study: Study) -> Figure | None:
     """Losses, cosine and KL of every run against the step."""
     names = {

@@ -34,7 +34,9 @@ def _effect(study: Study) -> list[Block]:
 def _family(study: Study) -> list[Block]:
     if study.primary is None:
         return [Lines(["No primary measure in the results yet."], note=True)]
-    return [tables.family_table(study, measure) for measure in study.measures()]
+    blocks: list[Block] = [tables.family_table(study, measure) for measure in study.measures()]
+    equal = [tables.equal_kl_table(study, measure) for measure in study.measures()]
+    return blocks + [table for table in equal if table]
 
 
 def _claims(study: Study) -> list[Block]:
@@ -50,7 +52,9 @@ def _retention(study: Study) -> list[Block]:
 
 
 def _tradeoff(study: Study) -> list[Block]:
-    kinds = ("pareto", "dose", "histogram")
+    kinds = ["pareto", "dose", "histogram"]
+    if any(setting.k and setting.layer < 0 for setting in study.settings(split="val")):
+        kinds.insert(2, "dial")
     return [_plot(study, kind, measure) for kind in kinds for measure in study.measures()]
 
 
@@ -95,6 +99,7 @@ _PLOTS: dict[str, tuple[Callable[..., Any], str, str, str]] = {
     "forest": (plots.forest, "Effect by arm", captions.FOREST, _NO_ARM),
     "pareto": (plots.pareto, "Effect against side effects", captions.PARETO, "Needs KL rows."),
     "dose": (plots.dose_response, "Dose response", captions.DOSE, "Needs a steering sweep."),
+    "dial": (plots.dial, "Tuned weights as a dial", captions.DIAL, "Needs a dial sweep."),
     "histogram": (plots.histogram, "Per-item change", captions.HISTOGRAM, _NO_ARM),
     "curves": (plots.curves, "Training curves", captions.CURVES, _NO_RUN),
     "cosine": (plots.heatmaps, "Cosine to the vector", captions.COSINE, "No cosine rows yet."),

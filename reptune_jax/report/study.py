@@ -14,6 +14,7 @@ import pandas as pd
 from safetensors import safe_open
 
 from reptune_jax import folder as folders
+from reptune_jax.config import TUNED_ARMS
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data.schema import Item
 from reptune_jax.evals import measures, results, stats
@@ -27,7 +28,10 @@ _KEY = ["item_id", "template", "format", "order"]
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Setting:
-    """What is compared: an arm, its sign and, for steering, dose and layer; seeds lie within."""
+    """What is compared: an arm, its sign and, if it has one, dose or scale and layer.
+
+    Training seeds lie within.
+    """
 
     arm: str
     sign: int = 0
@@ -36,8 +40,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """E.g. "dual +", "steer −"."""
-        return f"{self.arm} {SIGNS[self.sign]}".strip()
+        """E.g. "dual +", "steer −", "token + × 1.3" of a tuned arm that is scaled."""
+        scale = f" × {self.k:g}" if self.k and self.arm in TUNED_ARMS else ""
+        return f"{self.arm} {SIGNS[self.sign]}{scale}".strip()
 
     @property
     def dose(self) -> float:
@@ -139,6 +144,8 @@ class Study:
         if arm == "base":
             return BASE
         options = [c for c in self.settings(split=split) if (c.arm, c.sign) == (arm, sign)]
+        # Of tuned arms the run as it was trained; how far it is scaled is another question.
+        options = [c for c in options if arm not in TUNED_ARMS or not c.k]
         if len(options) <= 1 or self.primary is None:
             return options[0] if options else None
         options = [c for c in options if not self.missing(c)] or options
@@ -150,6 +157,11 @@ class Study:
         if all(map(math.isfinite, gains.values())):
             return max(within, key=lambda c: gains[c])
         return max(within, key=lambda c: np.nan_to_num(self.kl(c)))
+
+    def at_equal_kl(self, arm: str, sign: int, split: str = "test") -> Setting | None:
+        """The scale of a tuned arm that `evals.dial` tested, if it did; else as `pick`."""
+        scaled = [c for c in self.settings(split=split) if (c.arm, c.sign) == (arm, sign) and c.k]
+        return scaled[0] if scaled and arm in TUNED_ARMS else self.pick(arm, sign, split)
 
     def missing(self, setting: Setting) -> dict[tuple[str, str], tuple[int, int]]:
         """(metric, split) -> how many values are missing, of how many; only where some are."""

@@ -135,6 +135,24 @@ def family_table(study: Study, measure: Measure) -> Table:
     return Table(title, caption, header, rows, "The dual arm has no test rows yet.")
 
 
+def equal_kl_table(study: Study, measure: Measure) -> Table | None:
+    """Dual against the tuned arms that were scaled to its KL as text; None where none was."""
+    frame = outcomes.family_frame(study, measure, equal_kl=True)
+    rows = [
+        [f"{r.dual.name} vs {r.rival.name}", number(study.kl(r.dual)), number(study.kl(r.rival))]
+        + [interval(r.advantage), number(r.dz, 2, signed=True)]
+        + [p_value(r.p), p_value(r.p_holm), str(r.n), r.verdict]
+        for r in frame.itertuples()
+    ]
+    header = [
+        "Comparison", "KL, dual", "KL, rival", f"Advantage {_CI}", "d_z", "p", "p (Holm)", "Items",
+        "Verdict",
+    ]  # fmt: skip
+    title = f"At equal KL: {measure.label}"
+    caption = captions.EQUAL_KL.format(tests=len(frame))
+    return Table(title, caption, header, rows) if rows else None
+
+
 def _budget_note(study: Study) -> str:
     """What online steering costs beside dual: is the comparison fair?"""
     costs = []

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from reptune_jax import mesh as meshes
 from reptune_jax.data.batches import Batch, Examples
 from reptune_jax.model import lora
-from reptune_jax.model.intervene import Probe
+from reptune_jax.model.intervene import Probe, Steer
 from reptune_jax.model.lora import Flat
 from reptune_jax.model.read import read
 from reptune_jax.model.transformer import Decoder, unembed
@@ -50,6 +50,7 @@ class Objective:
     anneal_Jx2: jax.Array  # factors of those at the first and the last step
     stop_S: jax.Array  # the tokens that end an answer
     scale: jax.Array | float = 1.0  # of adapters
+    push_NxD: jax.Array | None = None  # added to the examples' residual stream, and not to others'
 
     def placed(self, mesh: Mesh | None) -> "Objective":
         """The same on every device, but for the frozen weights, which lie there already."""
@@ -83,7 +84,29 @@ def make_objective(
         jnp.array(anneal, jnp.float32),
         jnp.array(stop_ids, jnp.int32),
         jnp.float32(partition.scale(c.train.lora)),
+        push(c, vector),
     )
+
+
+def push(c: ConfigDict, vector: SteeringVector) -> jax.Array | None:
+    """Preventative steering (arXiv 2507.21509) [N, D]: `loss.steer` at the middle of `loss.layers`.
+
+    Trained with the vector's opposite in the stream, the weights learn what makes up for it, which
+    stays when it is gone.
+
+    Raises:
+      ValueError: that layer is below the trained ones, which would not see it.
+    """
+    if not c.loss.steer:
+        return None
+    layer = sum(c.loss.layers) // 2
+    if layer < c.train.layers[0]:
+        raise ValueError(
+            f"loss.steer: got {c.loss.steer:g} at layer {layer}, the middle of loss.layers="
+            f"{tuple(c.loss.layers)}, expected one from the first trained layer on, "
+            f"{c.train.layers[0]}. Raise loss.layers."
+        )
+    return jnp.asarray((vector.at([layer]) * (c.sign * c.loss.steer)).dose_NxD)
 
 
 def cosine_spec(c: ConfigDict, N: int) -> CosineLoss:
@@ -128,7 +151,7 @@ def sums(
     adapted = lora.variables(trained, objective.scale, "tuned", decoder.dtype)
     b, kept = batch.examples, batch.retention
     B, K = b.of_B.shape[0], objective.probe.direction_NxD.shape[1]
-    found = read(decoder, {"params": params, **adapted}, **_inputs(objective.probe, batch))
+    found = read(decoder, {"params": params, **adapted}, **_inputs(objective, batch))
     assert found.cosine_NxBxT is not None
     cosine_NxBxT = found.cosine_NxBxT[:, :B]
     if b.below_cosine_BxMxT is not None:  # those layers did not run: nothing in them changes
@@ -167,9 +190,9 @@ def cosine_sums(cosine_NxBxT: jax.Array, examples: Examples, K: int) -> jax.Arra
     return jnp.einsum("nbt,bt,kb->kn", cosine_NxBxT, examples.cosine_BxT, of_KxB)
 
 
-def _inputs(probe: Probe, batch: Batch) -> dict[str, Any]:
+def _inputs(objective: Objective, batch: Batch) -> dict[str, Any]:
     """What the decoder takes: all rows, each row's direction, and which residuals are read."""
-    b, kept = batch.examples, batch.retention
+    probe, b, kept = objective.probe, batch.examples, batch.retention
     tokens, mask, of, read_BxPxT = b.tokens_BxT, b.mask_BxT, b.of_B, None
     below = b.below_BxTxD
     if kept is not None:
@@ -181,12 +204,19 @@ def _inputs(probe: Probe, batch: Batch) -> dict[str, Any]:
         if kept.residual_BxMxLxD is not None:
             at_BxLxT = jax.nn.one_hot(kept.at_BxL, tokens.shape[1])
             read_BxPxT = jnp.pad(at_BxLxT, ((b.of_B.shape[0], 0), (0, 0), (0, 0)))
+    steer = None
+    if objective.push_NxD is not None:
+        pushed_B = jnp.pad(b.of_B == 0, (0, len(tokens) - len(b.of_B))).astype(jnp.float32)
+        add_NxB = jnp.tile(pushed_B, (len(objective.push_NxD), 1))
+        tokens_BxT = jnp.ones(tokens.shape)
+        steer = Steer(objective.push_NxD, add_NxB, jnp.zeros_like(add_NxB), tokens_BxT)
     alone = probe.direction_NxD.shape[1] == 1  # one direction for all rows needs no copies
     return {
         "tokens_BxT": tokens,
         "mask_BxT": mask,
         "probe": jax.tree.map(lambda a: a[:, 0] if alone else a[:, of], probe),
         "read_BxPxT": read_BxPxT,
+        "steer": steer,
         "enter": None if below is None else ("tuned", below),
     }
 

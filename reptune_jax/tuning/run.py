@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 
 from reptune_jax import distributed, folder
 from reptune_jax import mesh as meshes
+from reptune_jax.console import say
 from reptune_jax.cost import hardware
+from reptune_jax.data import behavior as behaviors
 from reptune_jax.data.batches import Batch
 from reptune_jax.tuned_run import Progress
 from reptune_jax.tuning import step as steps
@@ -22,6 +24,9 @@ from reptune_jax.tuning.corpus import Corpus
 from reptune_jax.tuning.objective import Objective, loss_names
 from reptune_jax.vectors.steering_vector import SteeringVector
 from reptune_jax.watch.log import Log
+from reptune_jax.watch.log import read as logged
+
+_ONE_VERDICT = 0.01  # nats
 
 
 class Job(NamedTuple):
@@ -54,6 +59,7 @@ class Run:
         self.corpus, self.objective, self.evaluate = corpus, objective, evaluate
         self.log, self.saved, self.mesh = log, saved, mesh
         self.best, self.waited = done.best, done.waited
+        self.claims = behaviors.load(job.c.behavior).kind == "claim"
         self.saved_at, self.tracing = time.monotonic(), False
         self.flops = 0.0  # of a step, for the MFU
         self.peak = hardware.peak_of(jax.devices()[0].device_kind, self.train.peak_tflops)
@@ -149,10 +155,28 @@ class Run:
         values |= {"val/loss": loss, "val/best": best, "val/cosine": float(cosine)}
         self.log.write(at, values)
         self._check_finite("validation", at, values)
+        self._warn(at, values["val/token_loss"])
         with_histogram = {*range(*self.train.layers), *range(*self.c.loss.layers)}
         self.log.cosines(at, spread, sorted(with_histogram))
         self.waited, self.best = 0 if improved else self.waited + 1, best
         return values
+
+    def _warn(self, at: int, token_loss: float) -> None:
+        """Says while a run goes on that it unlearns: worse than untuned, or one verdict for all."""
+        first = next(logged(self.folder.metrics), {}) if self.folder.metrics.exists() else {}
+        untuned = first.get("val/token_loss", math.inf)
+        if at == 0 or not self.objective.weight_J[0] or self.c.loss.targets == "neutral":
+            return
+        found = ""
+        if self.claims and abs(token_loss - math.log(2)) < _ONE_VERDICT:
+            found = "is that of one verdict for all claims (ln 2)"
+        elif token_loss > untuned:
+            found = "is worse than before training"
+        if found:
+            say(
+                f"step {at}: validation {found}: token loss {token_loss:.3g}, untuned "
+                f"{untuned:.3g}. Lower train.lr, or the cosine's weight, in another --workdir."
+            )
 
     def _by_loss(self, value_J: np.ndarray) -> dict[str, float]:
         """By name: the first three, so that arms compare, and what else has a weight."""

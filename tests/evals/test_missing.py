@@ -12,7 +12,7 @@ from reptune_jax.data import neutral
 from reptune_jax.evals import bench, claims, generation, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row
-from reptune_jax.evals.steering import Cell, choose, dual_kl
+from reptune_jax.evals.sweep import Cell, choose, dual_kl
 from reptune_jax.folder import Study
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.support import tiny, tiny_behavior

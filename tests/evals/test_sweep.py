@@ -2,7 +2,7 @@
 
 import pytest
 
-from reptune_jax.evals.steering import Cell, choose
+from reptune_jax.evals.sweep import Cell, choose
 
 CELLS = [
     Cell(10, 1.0, 0.1, 0.02),

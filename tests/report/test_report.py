@@ -92,7 +92,7 @@ def test_retention_numbers_are_ratios_of_sums(read, page):
 def test_family_is_holm_adjusted_over_both_signs(read):
     frame = outcomes.family_frame(read, LOGODDS)
     assert [(r["sign"], r.rival.arm) for _, r in frame.iterrows()] == [
-        (s, rival) for s in (1, -1) for rival in outcomes.RIVALS
+        (s, rival) for s in (1, -1) for rival in outcomes.RIVALS if rival != "preventative"
     ]
     np.testing.assert_allclose(frame.p_holm, stats.holm(frame.p))
     verdicts = dict(
@@ -103,6 +103,20 @@ def test_family_is_holm_adjusted_over_both_signs(read):
         )
     )
     assert verdicts[1, "base"] == verdicts[-1, "random"] == "dual ahead"
+
+
+def test_a_run_stands_for_its_arm_as_trained_and_at_equal_kl_as_scaled(read):
+    assert read.pick("token", 1) == study.Setting("token", 1)
+    scaled = study.Setting("token", 1, 1.5)
+    assert read.at_equal_kl("token", 1) == scaled and scaled.name == "token + × 1.5"
+    frame = outcomes.family_frame(read, LOGODDS, equal_kl=True)
+    assert {(r.rival.arm, r.rival.k, r.sign) for r in frame.itertuples()} == {
+        ("token", 1.5, 1), ("token", 1.5, -1)
+    }  # fmt: skip
+    by_hand = read.delta(study.Setting("dual", 1), scaled, LOGODDS, "test").delta
+    assert frame.advantage[0].estimate == pytest.approx(by_hand.mean())
+    table = tables.equal_kl_table(read, LOGODDS)
+    assert table.rows[0][0] == "dual + vs token + × 1.5"
 
 
 def test_identical_arms_show_no_difference(tmp_path):
@@ -292,7 +306,7 @@ def test_baseline_alone_gives_a_page_with_sentences_for_what_is_missing(tmp_path
     page = html.write(alone).read_text()
     for sentence in (
         "The dual arm has no test rows yet", "Nothing was tuned in this study yet",
-        "Needs a steering sweep", "Arms not run: prompt, token, steer, random, dual",
+        "Needs a steering sweep", "Arms not run: prompt, steer, token, random",
     ):  # fmt: skip
         assert sentence in page
 

@@ -28,6 +28,8 @@ def synthetic_study(folder, items=40, seeds=(0, 1, 2), arms=tuple(SHIFT), claims
     made = _Synthetic(items)
     results.write_parquet(folder / "results/baseline.parquet", made.baseline(claims))
     results.write_parquet(folder / "results/steering.parquet", made.swept())
+    for arm in ("token", "weights") if "token" in arms else ():
+        results.write_parquet(folder / f"results/dial_{arm}.parquet", made.dialled(arm))
     for arm in arms:
         for sign in (1, -1):
             for seed in seeds if arm != "prompt" else (0,):
@@ -130,6 +132,14 @@ class _Synthetic:
                     chosen = ("val", "test", "ood") if (layer, k) == (15, 1.0) else ("val",)
                     rows += self.behave("steer", sign, 0, power * k, chosen, **where)
                     rows += self.retain("steer", sign, 0, 0.03 * k * k * layer / 15, **where)
+        return rows
+
+    def dialled(self, arm):
+        rows = []
+        for sign in (1, -1):
+            for k, splits in ((1.0, ("val",)), (2.0, ("val",)), (1.5, ("test",))):
+                rows += self.behave(arm, sign, 0, 0.2 * k, splits, k=k)
+                rows += self.retain(arm, sign, 0, 0.02 * k * k, k=k)
         return rows
 
     def tuned(self, arm, sign, seed):

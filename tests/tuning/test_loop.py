@@ -107,12 +107,15 @@ def test_a_stopped_run_resumes_to_the_same_bits(step, finished, model, monkeypat
         assert leaf.tobytes() == ours.trained[path].tobytes()
 
 
-def test_the_best_step_is_kept_when_later_ones_are_worse(model, behavior, tmp_path):
+def test_the_best_step_is_kept_when_later_ones_are_worse(model, behavior, tmp_path, capsys):
     c = tiny_behavior.settings(model.name, behavior, loss__retain=0.5, train__lr=1.0)
     folder = train.run(c, tmp_path, model)
     validated = {r["step"]: r["val/loss"] for r in read_log(folder) if "val/loss" in r}
     best = min(validated, key=validated.get)
-    assert best < 6  # a rate of 1 destroys the model
+    assert best < 6  # a rate of 1 destroys the model, which is said while it goes on
+    token = {r["step"]: r["val/token_loss"] for r in read_log(folder) if "val/loss" in r}
+    said, text = "validation is worse than before training", capsys.readouterr()
+    assert (text.out + text.err).count(said) == sum(v > token[0] for v in token.values()) > 0
     run = tuned_run.load(folder)
     trained, _, step = run.trained, run.meta, run.step
     assert step == best

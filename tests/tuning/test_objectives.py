@@ -51,6 +51,27 @@ def only(rows, k):
     return rows.replace(of_B=np.zeros_like(rows.of_B))
 
 
+def test_preventative_steering_is_in_the_examples_stream_and_not_in_other_text(model):
+    """The token loss against the logits of a forward pass that is steered by hand."""
+    c = tuning_case.settings(sign=-1, loss__steer=-3.0, loss__cosine=0.0)
+    vector = tuning_case.vector(model)
+    case = tuning_case.case(model, c, vector)
+    batch = tuning_case.batch(model, R=2)
+    found, _ = objectives.sums(case.decoder, case.state.trained, case.objective, batch)
+    rows = batch.examples
+    steer = vector.at(layers=[2]) * 3.0  # sign x dose, amid layers 1 to 3
+    out = model.forward(np.asarray(rows.tokens_BxT), np.asarray(rows.mask_BxT), steer=steer)
+    logp = jax.nn.log_softmax(out.logits_BxTxV)
+    want = sum(
+        -float(w) * float(logp[b, rows.at_BxL[b, l], rows.target_BxLxC[b, l, 0]])
+        for (b, l), w in np.ndenumerate(np.asarray(rows.weight_BxLxC)[..., 0])
+    )
+    assert float(found.total[0]) == pytest.approx(want, rel=1e-4)
+    assert float(found.total[2]) == pytest.approx(0, abs=1e-3)  # KL of untouched retention text
+    with pytest.raises(ValueError, match=r"loss.steer: got -3 at layer 2.*first trained layer"):
+        tuning_case.case(model, tuning_case.settings(loss__steer=-3.0, train__layers=(3, 4)))
+
+
 @pytest.mark.parametrize("mode", ["in", "out"])
 def test_a_run_of_two_behaviors_has_the_losses_and_the_gradient_of_two_runs(model, mode):
     c = tuning_case.settings(sign=-1)

@@ -1,0 +1,96 @@
+"""Program: tuned weights as a dial. Scales what tuning changed, and tests it at the KL of `dual`.
+
+    python -m reptune_jax.evals.dial --config=sentiment --workdir=runs/sentiment
+
+base + k (tuned - base) for the arms of `dial.arms`; for the arm `weights` base + k (token of the
+sign - token of the other sign), contrastive weight steering (arXiv 2511.05408). The first seed's
+runs are swept over `dial.scales` on the validation split; every seed is tested at the scale that
+costs what the tuned `dual` runs cost. Writes `results/dial_<arm>.parquet`; skips what is there.
+"""
+
+import functools
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from reptune_jax import distributed, program
+from reptune_jax.console import say
+from reptune_jax.evals import arms
+from reptune_jax.evals.arms import Condition
+from reptune_jax.evals.bench import Bench, prepare
+from reptune_jax.evals.results import Row, write_parquet
+from reptune_jax.evals.sweep import choose, dual_kl, sweep, tested
+from reptune_jax.folder import RunName, Study
+
+
+def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> list[Path]:
+    """Sweeps and tests every dialled arm, both signs; the files of their results."""
+    study = Study(workdir)
+    check(c, study)
+    make = functools.cache(lambda: bench or prepare(c, study))
+    for arm in dialled(c):
+        path = study.dial(arm)
+        if distributed.exists(path):
+            say(f"{path}: already there")
+            continue
+        with study.writing():
+            rows = [row for sign in c.study.signs for row in measure(make(), study, arm, sign)]
+            write_parquet(path, rows)
+        say(f"dial: {len(rows)} rows -> {path}")
+    return [study.dial(arm) for arm in dialled(c)]
+
+
+def dialled(c: ConfigDict) -> tuple[str, ...]:
+    """The arms that are scaled."""
+    return (*c.dial.arms, *(("weights",) if "weights" in c.study.arms else ()))
+
+
+def check(c: ConfigDict, study: Study) -> None:
+    """That the runs are there that are to be scaled.
+
+    Raises:
+      ValueError: nothing to scale. FileNotFoundError: a run that has no checkpoint.
+    """
+    if not dialled(c):
+        raise ValueError(
+            "dial.arms: got none, and study.arms has no 'weights', expected tuned arms to scale. "
+            "Example: --config.dial.arms=token,random"
+        )
+    for arm in dialled(c):
+        of = "token" if arm == "weights" else arm
+        for sign in (1, -1) if arm == "weights" else c.study.signs:
+            for seed in c.study.seeds:
+                run = study.run(RunName(of, sign, seed))
+                if not distributed.exists(run.checkpoints):
+                    raise FileNotFoundError(
+                        f"{run.path}: no checkpoints there, expected those of a run that `{arm}` "
+                        "is made of. Train it first."
+                    )
+
+
+def measure(bench: Bench, study: Study, arm: str, sign: int) -> list[Row]:
+    """An arm's sweep on validation, and every seed at the chosen scale on test."""
+    at, seeds = functools.partial(_condition, bench, study, arm, sign), bench.c.study.seeds
+    cells, rows = sweep(bench, (at(seeds[0], scale) for scale in bench.c.dial.scales))
+    budget = dual_kl(study, sign)
+    if budget is None:
+        say(f"{arm} {sign:+d}: no tuned dual run to be equal to, so no scale is tested")
+        return rows
+    scale = choose(cells, budget)[1]
+    say(f"{arm} {sign:+d} (equal KL <= {budget:.3g}): {scale:.3g} times its change")
+    for seed in seeds if scale else ():
+        rows = tested(bench, rows, at(seed, scale))
+    return rows
+
+
+def _condition(
+    bench: Bench, study: Study, arm: str, sign: int, seed: int, scale: float
+) -> Condition:
+    if arm != "weights":
+        return arms.tuned(bench.base, study.run(RunName(arm, sign, seed)).path, scale)
+    toward, away = (study.run(RunName("token", s, seed)).path for s in (sign, -sign))
+    return arms.weights(bench.base, toward, away, scale)
+
+
+if __name__ == "__main__":
+    program.main(run, __doc__)
