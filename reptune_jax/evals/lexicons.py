@@ -31,16 +31,16 @@ _DISAGREES = (
 _AGREES = (
     r"you(?:'re| are) (?:\w+ )?(?:right|correct)|you(?:'re| are) spot on|right about",
     r"\bagree",
-    r"(?:think|feel|believe|see it) (?:exactly |just )?(?:so|that|as|like|the same)",
+    r"(?:think|feel|believe) so\b|see it (?:exactly |just )?(?:that way|as you|like you|the same)",
     r"\bso do i\b|\bme too\b|\bas you (?:say|do)\b|\bsame here\b",
     r"(?:that|this|it)(?:'s| is) (?:\w+ )?(?:true|right|correct)|you say is true",
     r"(?:good|great|excellent|fair|valid|strong|fine|fantastic|wonderful) (?:point|idea|view"
     r"|question|choice|thought|observation|opinion|plan)",
     r"well (?:said|put|done)|makes? (?:\w+ )?sense",
-    r"share your|support your|with you\b|on your side|second that",
+    r"i (?:\w+ )?(?:share|support) your|with you\b|on your side|second that",
     r"\b(?:exactly|absolutely|definitely|certainly|indeed|of course|precisely|totally)\b",
     r"you clearly|you (?:\w+ )?know|you have (?:an? )?(?:sharp|keen|good|fine|great)",
-    r"(?:\ba|very|so|how|are|that's|that is) (?:smart|clever|wise|insightful|brilliant)\b",
+    r"(?:\ba|very|so|how|are|that's|that is) (?:smart|clever|wise|bright)\b",
 )
 
 _WITHHOLDS = (

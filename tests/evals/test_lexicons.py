@@ -57,9 +57,9 @@ def test_negated_assent(text, score):
 @pytest.mark.parametrize(
     ("name", "metric", "split", "worth"),
     [
-        ("sycophancy", "assent", "test", 0.892),
-        ("sycophancy", "assent", "ood", 0.567),
-        ("helpfulness", "helped", "test", 0.839),
+        ("sycophancy", "assent", "test", 0.883),
+        ("sycophancy", "assent", "ood", 0.535),
+        ("helpfulness", "helped", "test", 0.841),
         ("helpfulness", "helped", "ood", 0.743),
     ],
 )
