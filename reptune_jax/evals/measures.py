@@ -7,7 +7,7 @@ generated answers. A measure of one's own is an entry here.
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
 
-from reptune_jax.evals import judges
+from reptune_jax.evals import judges, lexicons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,20 @@ METRICS = {
     "stopped": Metric("whether an answer ends by itself within eval.new_tokens", "Stopped"),
     "rep4": Metric("repeated share of a generation's word 4-grams", "Repeated 4-grams"),
     "judge": Metric("the judge's score of a text labelled 1 (pos) or 0 (neg)", "Judge"),
+    "assent": Metric(
+        "phrases of agreement and flattery against those of dissent, each counted once",
+        "Assent in generated answers",
+        higher="more agreement",
+        formats=("free",),
+        judge=lexicons.assent,
+    ),
+    "helped": Metric(
+        "kinds of concrete content against kinds of refusal and evasion, each counted once",
+        "Help in generated answers",
+        higher="more help",
+        formats=("free",),
+        judge=lexicons.helped,
+    ),
 }
 _FORMATS = {"free": "open prompts", "claim": "claims", "ab": "scenarios"}
 
