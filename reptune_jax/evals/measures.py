@@ -7,7 +7,7 @@ generated answers. A measure of one's own is an entry here.
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
 
-from reptune_jax.evals import judges
+from reptune_jax.evals import judges, wording
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,20 @@ METRICS = {
     "stopped": Metric("whether an answer ends by itself within eval.new_tokens", "Stopped"),
     "rep4": Metric("repeated share of a generation's word 4-grams", "Repeated 4-grams"),
     "judge": Metric("the judge's score of a text labelled 1 (pos) or 0 (neg)", "Judge"),
+    "twosided": Metric(
+        "phrases that weigh less those that decide, over their number; each counts once",
+        "Two-sidedness of generated answers",
+        higher="more two-sided",
+        formats=("free",),
+        judge=wording.twosided,
+    ),
+    "vividness": Metric(
+        "share of words that plain English does without; each counts once, non-words do not",
+        "Unusual words of generated answers",
+        higher="more unusual",
+        formats=("free",),
+        judge=wording.vividness,
+    ),
 }
 _FORMATS = {"free": "open prompts", "claim": "claims", "ab": "scenarios"}
 
