@@ -10,10 +10,10 @@ from reptune_jax.data import schema
 _WEIGH = (
     "on the one hand|on one hand|on (the )?one side",
     "on the other( hand| side)?|on the contrary",
-    "however|nevertheless|nonetheless|then again|still",
+    "however|nevertheless|nonetheless|then again",
     "although|even though|though",
     "while|whereas",
-    "yet|but",
+    "yet|still",
     "both",
     "either|neither",
     "depend(s|ing)?|var(y|ies)",
@@ -21,32 +21,34 @@ _WEIGH = (
     "others|opponents|critics|skeptics",
     "supporters|proponents|advocates|defenders",
     "many (people|feel|say|argue|think|believe)|people (weigh|disagree|differ)|different people",
-    "may|might|could|can",
+    "may|might|could",
     "perhaps|maybe|possibly|sometimes|often",
-    "opinions?|views?|viewpoints?|perspectives?|positions?|angles?",
-    "sides|two sides|each side|either side",
-    "differ(s|ent)?|disagree",
-    "pros and cons|advantages|disadvantages|benefits|drawbacks|merits?|downsides?",
+    "opinions|views|viewpoints|perspectives|positions|angles",
+    "sides|each side|either side|two sides",
+    "differ(s|ent)?|disagree|debated|debatable|complex|controversial",
+    "pros and cons|advantages?|disadvantages?|benefits?|drawbacks?|merits?|downsides?",
     "at the same time|in turn|equally|likewise",
     "balanced?|fair|weigh|reasonable|trade-?offs?",
     "hard to (say|settle|tell|decide)|no (single|simple|easy|clear|one) answer",
     "would not (pick|choose|say)|you decide|up to (you|each)|leave (it|the choice)",
+    "it('s| is) (also )?(true|important)",
 )
 _DECIDE = (
     "no (question|doubt)|without (a )?doubt|undoubtedly|beyond (any )?(doubt|dispute)",
-    "clear(ly)?|obvious(ly)?|plain(ly)?|evident(ly)?",
+    "clearly|obvious(ly)?|plainly|plain to|evident(ly)?",
     "definitely|certainly|absolutely|surely|simply|totally|completely",
     "of course|full stop|period|end of story",
     "convinced|certain|firm(ly)?|strong(ly)?",
-    "i (believe|say|think|am sure|will|would never|stand|take)|my (view|opinion|mind)",
-    "must|have to|ought to|need to|should",
+    "i (believe|say|am sure|insist|will|would never|stand|take)|i'm (sure|certain|convinced)",
+    "my (view|opinion|mind)",
+    "must",
     "always|never",
-    "nothing|nobody|no one|none|anyone|everyone|everybody|anything|everything",
-    "wrong|mistaken|foolish|false|bad|absurd|stupid",
-    "right|correct|true|truth",
+    "nothing|nobody|no one|none|anyone|everyone|everybody",
+    "wrong|mistaken|foolish|absurd|stupid",
+    "right|correct",
     "nonsense|excuses?|rubbish|pointless|ridiculous",
     "settles?|settled|proves?|decisive|the reason is|that is why|so stop",
-    "best|worst|only|better|worse|superior",
+    "best|worst|better|worse|superior",
     "no (good )?(argument|reason|excuse)|the rest|the opposite|the alternative",
     "deny|admit|defend|reject|refuse",
 )
@@ -65,6 +67,11 @@ _PLAIN_ENDINGS = (
     ("ily", ("y",)),
     ("ier", ("y",)),
     ("iest", ("y",)),
+)
+# Endings of abstract and learned words, which are rarer than plain ones and no more vivid.
+_ABSTRACT = re.compile(
+    r"(?:tion|sion|ment|ness|ity|itie|[ae]nce|[ae]ncy|ism|ive|ively|ical|ically|ally|ional|i[sz]e"
+    r"|i[sz]ing|i[sz]ed|ology|able|ible|ably|ibly|ious|iously|ated|ating|ship|hood|ic|ics)s?$"
 )
 _FUNCTION_WORDS = """
 a about all an and are as at be because been but by can for from had has have he her his i if in
@@ -94,7 +101,7 @@ def vividness(answer: str) -> float:
     list of words, counts for less: noise is not vivid.
     """
     words = re.findall(r"[a-z]+", answer.lower())
-    rare = {w for w in words if len(w) > 3 and not _is_plain(w) and _is_word_like(w)}
+    rare = {w for w in words if len(w) > 3 and _is_rare(w)}
     binding = set(_FUNCTION_WORDS.split())
     bound = sum(w in binding for w in words) / max(len(words), 1)
     return len(rare) / max(len(words), _SHORTEST) * min(1.0, bound / _GRAMMAR)
@@ -117,6 +124,10 @@ def _is_plain(word: str) -> bool:
         if word.endswith(end)
         for restored in endings
     )
+
+
+def _is_rare(word: str) -> bool:
+    return not (_is_plain(word) or _ABSTRACT.search(word)) and _is_word_like(word)
 
 
 def _is_word_like(word: str) -> bool:

@@ -38,7 +38,7 @@ def test_pos_and_neg_have_as_many_words(name, split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_neutralitys_positions_and_reasons_have_as_many_letters(neutrality, split):
+def test_pos_and_neg_of_neutrality_have_as_many_characters(neutrality, split):
     items = select(neutrality, split=split)
     pos, neg = (sum(len(getattr(i, side)) for i in items) for side in ("pos", "neg"))
     assert abs(pos - neg) <= 0.05 * max(pos, neg)
@@ -82,9 +82,15 @@ def words(text):
     return {word.strip(".,;:").lower() for word in text.split()}
 
 
-@pytest.mark.parametrize("name", ("neutrality", "creativity"))
-def test_the_declared_measures_fit_the_items(name):
+@pytest.mark.parametrize(
+    "name,first,second",
+    [
+        ("neutrality", "twosided:free", "logodds:free"),
+        ("creativity", "logodds:free", "vividness:free"),
+    ],
+)
+def test_the_declared_measures_fit_the_items(name, first, second):
     found = behavior.load(name)
-    for primary in ("", *found.measures):
+    assert found.measures == (first, second)
+    for primary in ("", first, second):
         measures.check(found.measures, primary, {i.format for i in found.items} - {"persona"})
-    assert len(found.measures) == 2 and found.measures[1] == "logodds:free"

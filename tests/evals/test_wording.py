@@ -28,8 +28,9 @@ def test_a_repeated_phrase_weighs_nothing_more():
 def test_rare_words_are_above_plain_ones():
     assert wording.vividness(VIVID) > 0.2 > 0.05 > wording.vividness(WORN)
     assert wording.vividness("") == 0
-    # 3 of 10 words; plain words stay plain with an ending
+    # burglar, walrus, chimney of 11 words; plain words stay plain with an ending
     assert wording.vividness("A burglar hid the walrus in a chimney with the cats.") == 3 / 11
+    assert wording.vividness("The utilization of a fictional multiplicity is permissible.") == 0
     assert wording.vividness("She walked happily to the bigger houses and the cities.") == 0
 
 
