@@ -7,7 +7,7 @@ generated answers. A measure of one's own is an entry here.
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
 
-from reptune_jax.evals import judges, lexicons
+from reptune_jax.evals import judges, lexicons, wording
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,20 @@ METRICS = {
         higher="more help",
         formats=("free",),
         judge=lexicons.helped,
+    ),
+    "twosided": Metric(
+        "phrases that weigh less those that decide, over their number; each counts once",
+        "Two-sidedness of generated answers",
+        higher="more two-sided",
+        formats=("free",),
+        judge=wording.twosided,
+    ),
+    "vividness": Metric(
+        "share of words that plain English does without; each counts once, non-words do not",
+        "Unusual words of generated answers",
+        higher="more unusual",
+        formats=("free",),
+        judge=wording.vividness,
     ),
 }
 _FORMATS = {"free": "open prompts", "claim": "claims", "ab": "scenarios"}

@@ -12,7 +12,11 @@ from reptune_jax.data.schema import check, read_jsonl, select
 from reptune_jax.hub.tokenizer import gguf_tokenizer
 from tests.support import hub_models
 
-SHIPPED = ("honesty", "sentiment", "sycophancy", "helpfulness")
+SHIPPED = sorted(
+    f.name.removesuffix(".jsonl")
+    for f in schema.shipped("behaviors").iterdir()
+    if f.name.endswith(".jsonl")
+)
 ROW = {
     "id": "x-1",
     "behavior": "x",
