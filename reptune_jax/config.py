@@ -50,6 +50,7 @@ ROLES: dict[str, str] = {
     "train.profile": "passing",
     "train.peak_tflops": "passing",
     "chat": "shown",  # is only looked at, and is not stored either
+    "search": "shown",
 }
 # What a vector and the targets depend on.
 OF_VECTOR: tuple[str, ...] = ("model", "dtype", "template_arguments", "behavior", "vector")
@@ -87,6 +88,7 @@ def default() -> ConfigDict:
     c.dial.scales = (0.5, 1.0, 2.0)  # k, swept on the validation split
     c.eval = _eval()
     c.study = _study()
+    c.search = _search()
     c.chat = _chat()
     return c
 
@@ -219,6 +221,19 @@ def _study() -> ConfigDict:
     c.seeds = (0,)
     c.primary = ""  # metric:format of the main comparison, e.g. "vader:free"; "" = by kind
     c.export = "dual"  # the arm that becomes a Hugging Face folder
+    return c
+
+
+def _search() -> ConfigDict:
+    """What `python -m reptune_jax.recipe` tries, on the validation split."""
+    c = ConfigDict()
+    c.lr = (1e-5, 3e-5, 1e-4, 3e-4)
+    c.cosine = (1.0, 8.0)
+    c.modules = ("attn/v+attn/o", "attn+mlp")  # patterns of weights, + between them
+    c.layers = ()  # "10-20": trained and in the cosine; () = the config's, and the middle third
+    c.steps = (8, 24)  # of each round
+    c.keep = 0.25  # share of a round that goes on to the next
+    c.max_kl = 0.02  # nats/token on neutral prose that a recipe may cost
     return c
 
 

@@ -9,6 +9,8 @@
         config.json  vector*.safetensors  checkpoints/N/  metrics.jsonl  events.*  done.json
         results/tuned.parquet
       report/index.html         and report/plots/*.png
+      trials/*/                 of a search: each a study's folder, with outcome.json
+      recipe.py                 the config that the search chose
       .lock                     who writes there; a run and the report have one of their own
       export/dual+_s0/          a Hugging Face folder; export/dual+_s0_adapter/ for peft
 
@@ -139,6 +141,8 @@ class Study(_Folder):
     targets = _at("targets.jsonl")
     baseline = _at("results/baseline.parquet")
     steering = _at("results/steering.parquet")
+    recipe = _at("recipe.py")
+    outcome = _at("outcome.json", "what a trial of a search did")
     report = _at("report/index.html")
     plots = _at("report/plots")
 
@@ -149,6 +153,10 @@ class Study(_Folder):
     def dial(self, arm: str) -> Path:
         """The results of an arm's weights, scaled."""
         return self.path / "results" / f"dial_{arm}.parquet"
+
+    def trial(self, name: str) -> "Study":
+        """One combination of a search."""
+        return Study(self.path / "trials" / name)
 
     def run(self, name: RunName | str) -> Run:
         """A run by name, there or not."""
@@ -187,7 +195,7 @@ class Study(_Folder):
 
     def metrics(self) -> list[Run]:
         """The runs that logged anything."""
-        return [Run(path.parent) for path in sorted(self.path.glob("**/metrics.jsonl"))]
+        return [Run(path.parent) for path in sorted(self.path.glob("*/metrics.jsonl"))]
 
     def rests_on(self) -> tuple[str, ...] | None:
         if self.runs() or self.results():

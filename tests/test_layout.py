@@ -39,6 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("cards",),
     ("train", "extract", "convert", "chat"),
+    ("recipe",),
     ("study",),
     ("__init__", "__main__", "cli"),
 )
