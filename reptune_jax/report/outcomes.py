@@ -179,7 +179,7 @@ def family_frame(
             paired = study.delta(dual, other, measure, split) if dual and other else pd.DataFrame()
             if paired.empty:
                 continue
-            paired["delta"] *= sign
+            paired = paired.assign(delta=paired.delta * sign)
             items = studies.per_item(paired)
             rows.append(
                 {
