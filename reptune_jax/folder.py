@@ -141,6 +141,7 @@ class Study(_Folder):
     targets = _at("targets.jsonl")
     baseline = _at("results/baseline.parquet")
     steering = _at("results/steering.parquet")
+    items = _at("results/items.parquet", "all results in one, of a study that is kept")
     recipe = _at("recipe.py")
     outcome = _at("outcome.json", "what a trial of a search did")
     report = _at("report/index.html")

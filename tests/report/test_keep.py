@@ -1,0 +1,31 @@
+"""The small folder that is kept of a study."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from reptune_jax.report import keep, markdown, study
+from tests.support.synthetic import synthetic_study
+
+
+def test_what_is_kept_is_a_study_again_and_names_no_folder(tmp_path):
+    folder = synthetic_study(tmp_path / "made", items=8, seeds=(0,), arms=("token", "dual"))
+    config = json.loads((folder / "config.json").read_text())
+    config["config"] |= {"model": "/home/somebody/model.gguf", "behavior": "/home/somebody/b.jsonl"}
+    (folder / "config.json").write_text(json.dumps(config))
+    whole = study.read(folder)
+    kept = keep.keep(whole, tmp_path / "results" / "kept", "by hand, in no time")
+    assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == {
+        "README.md", "config.json", "results/items.parquet"
+    }  # fmt: skip
+    page = (kept / "README.md").read_text()
+    assert "by hand, in no time" in page and markdown.render(whole) in page
+    assert "/home" not in page + (kept / "config.json").read_text()
+    again = study.read(kept)
+    pd.testing.assert_frame_equal(
+        again.rows.sort_values([*again.rows]).reset_index(drop=True),
+        whole.rows.sort_values([*whole.rows]).reset_index(drop=True),
+    )
+    with pytest.raises(ValueError, match="not empty"):
+        keep.keep(whole, kept)
