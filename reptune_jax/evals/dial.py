@@ -19,7 +19,7 @@ from reptune_jax.evals import arms
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench, prepare
 from reptune_jax.evals.results import Row, write_parquet
-from reptune_jax.evals.sweep import choose, dual_kl, sweep, tested
+from reptune_jax.evals.sweep import dual_kl, spends, sweep, tested
 from reptune_jax.folder import RunName, Study
 
 
@@ -76,8 +76,8 @@ def measure(bench: Bench, study: Study, arm: str, sign: int) -> list[Row]:
     if budget is None:
         say(f"{arm} {sign:+d}: no tuned dual run to be equal to, so no scale is tested")
         return rows
-    scale = choose(cells, budget)[1]
-    say(f"{arm} {sign:+d} (equal KL <= {budget:.3g}): {scale:.3g} times its change")
+    scale = spends(cells, budget)
+    say(f"{arm} {sign:+d} (KL {budget:.3g}): {scale:.3g} times its change")
     for seed in seeds if scale else ():
         rows = tested(bench, rows, at(seed, scale))
     return rows

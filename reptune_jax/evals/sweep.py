@@ -91,6 +91,16 @@ def choose(cells: list[Cell], budget: float) -> tuple[int, float]:
     return best[1], best[2]
 
 
+def spends(cells: list[Cell], budget: float) -> float:
+    """The scale of tuned weights whose KL is the budget, the largest swept where none costs it.
+
+    Whatever its effect, which on few validation prompts is noise. Interpolated as in `choose`.
+    """
+    known = sorted((c for c in cells if math.isfinite(c.kl)), key=lambda c: c.dose)
+    roots = np.sqrt(np.maximum.accumulate([0.0] + [c.kl for c in known]))
+    return round(float(np.interp(math.sqrt(budget), roots, [0.0] + [c.dose for c in known])), 3)
+
+
 def dual_kl(study: Study, sign: int) -> float | None:
     """Mean KL on neutral prose that the study's tuned dual models of this sign cost."""
     names = ((RunName.parse(run.path.name), run) for run in study.runs())
