@@ -155,9 +155,8 @@ def test_the_report_names_every_arm(done):
 def test_run_again_the_study_does_nothing(done, monkeypatch):
     c, folder = done
     tiny_behavior.patch_neutral(monkeypatch)
+    # The page is made anew each time, and takes most of the time here.
+    monkeypatch.setattr("reptune_jax.report.html.write", lambda known: None)
     before = files(folder)
     study.run(c, folder)
-    after = files(folder)
-    assert after.keys() == before.keys()
-    changed = {p.relative_to(folder).parts[0] for p in after if after[p] != before[p]}
-    assert changed <= {"report"}
+    assert files(folder) == before
