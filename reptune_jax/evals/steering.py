@@ -38,10 +38,10 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Sweeps, chooses on validation, measures the choices on test."""
     study = Study(workdir)
     path = study.steering
-    if distributed.exists(path):
-        say(f"{path}: already there")
-        return path
     with study.writing():
+        if distributed.exists(path):
+            say(f"{path}: already there")
+            return path
         rows = measure(bench or prepare(c, study), study)
         write_parquet(path, rows)
     say(f"steering: {len(rows)} rows -> {path}")
@@ -50,7 +50,8 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
 
 def measure(bench: Bench, study: Study) -> list[Row]:
     """The sweep's rows on validation and those of what it chose on test."""
-    c, rows = bench.c, list[Row]()
+    c = bench.c
+    rows: list[Row] = []
     for sign in c.study.signs:
         cells, found = sweep(bench, sign)
         rows += found
