@@ -62,6 +62,29 @@ def test_what_saves_first_is_asked_and_raises_nothing_until_it_has(capsys):
     assert "stopped by SIGTERM: step 3 of 9 is saved. The same" in capsys.readouterr().out
 
 
+def test_one_that_is_heeded_where_nothing_raised_gets_out_is_heeded_behind_it(capsys):
+    """In a finalizer, as in a callback of the garbage collector, of which jax has one."""
+
+    class Odd:
+        def __del__(self):
+            send()
+
+    went_on = []
+
+    def run():
+        one = Odd()
+        del one
+        until = time.monotonic() + 2  # after 3 s the process is ended
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        went_on.append(True)
+
+    with pytest.raises(SystemExit) as ended:
+        program.call(run)
+    out, err = capsys.readouterr()
+    assert not went_on and ended.value.code == 143 and "stopped by SIGTERM" in out and not err
+
+
 def test_one_that_came_too_late_to_be_asked_for_is_heeded_behind_the_block():
     with pytest.raises(ending.Ended), ending.heeded():
         with ending.deferred():
