@@ -205,6 +205,7 @@ def test_a_step_that_is_there_is_not_silently_skipped(copy):
     saved.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own
 def test_a_full_disk_is_one_line_and_earlier_steps_are_intact(copy):
     saved, (soft, hard) = Checkpoints(copy, 3), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
