@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -49,7 +50,8 @@ def started(work: Callable[[], object], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # jobs in the background ignore it
+    for signum in (signal.SIGINT, signal.SIGHUP):  # jobs in the background and nohup ignore them
+        signal.signal(signum, signal.SIG_DFL)
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -67,10 +69,10 @@ def program(name: str, *flags: str) -> Callable[[], object]:
     return work
 
 
-def ended(pid: int, seconds: float) -> int | None:
-    """Its exit status, negative for a signal; None if it goes on."""
+def ended(pid: int, seconds: float, log: Path | None = None) -> int | None:
+    """Its exit status, negative for a signal; None if it goes on, or its log tells of a step."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while time.monotonic() < until and not (log and "] step " in log.read_text()):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -78,9 +80,15 @@ def ended(pid: int, seconds: float) -> int | None:
     return None
 
 
+def killed(pid: int) -> None:
+    """At once."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def finish(work: Callable[[], object], log: Path) -> None:
     """Undisturbed, to its end."""
-    status = ended(started(work, log), 900)
+    status = ended(started(work, log), 3600)
     assert status == 0, f"ended with {status}:\n{log.read_text()}"
 
 
@@ -127,11 +135,13 @@ def lost(folder: Path, whole: dict[str, Any]) -> list[str]:
     return wrong + [str(p) for pattern in LEFT for p in folder.parent.rglob(pattern)]
 
 
-def place(log: Path) -> str:
-    """What a study was doing, from the last line that says what began."""
+def place(log: Path, workdir: Path) -> str:
+    """What a study was doing, from the last line that says what began, and what it left."""
+    if any(workdir.glob("*/checkpoints/*.orbax-checkpoint-tmp")):
+        return "a save"
     begun = [line for line in log.read_text().splitlines() if "==>" in line or "step " in line]
     last = begun[-1] if begun else "starting"
-    return "a training step or its save" if "step " in last else last.partition("==> ")[2] or last
+    return "a training step" if "step " in last else last.partition("==> ")[2] or last
 
 
 # ---------------------------------------------------------------- the two tables
@@ -147,15 +157,19 @@ def kills(study: processes.Study, n: int, rng: random.Random, whole: dict[str, A
         workdir, log = study.folder / f"killed{began}" / "study", study.folder / "killed.log"
         work = program("study", f"--config={study.config}", f"--workdir={workdir}")
         while True:
-            pid = started(work, log)
-            wait = rng.uniform(0.2, 14.0) if done < n else 900
-            status = ended(pid, wait)
+            log.write_text("")
+            pid, status = started(work, log), None
+            steps = rng.random() < 0.6  # then it is killed while it trains, where that is not done
+            if done < n and steps:
+                status = ended(pid, 600, log)
+            if status is None:
+                wait = rng.uniform(0.0, 3.0 if steps else 14.0) if done < n else 3600
+                status = ended(pid, wait)
             if status is not None:
                 assert status == 0, f"ended with {status}:\n{log.read_text()}"
                 break
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            where = place(log)
+            killed(pid)
+            where = place(log, workdir)
             done, at[where] = done + 1, at.get(where, 0) + 1
             print(f"kill {done}: {where}", file=sys.stderr, flush=True)
         wrong += lost(workdir, whole)
@@ -172,14 +186,19 @@ def signals(study: processes.Study, rng: random.Random, whole: dict[str, Any]) -
     for name, work, compare in programs(study, whole):
         cells, log = [], study.folder / "signal.log"
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            pid = started(work, log)
-            status = ended(pid, rng.uniform(1.0, 4.0))
-            if status is not None:
-                cells.append(f"had ended ({status})")
+            for longest in (6.0, 3.0, 1.0):  # it may be faster than that
+                pid = started(work, log)
+                status = ended(pid, rng.uniform(0.5, longest))
+                if status is None:
+                    break
+            else:
+                yield f"{name}: ended by itself, with {status}"
                 continue
             began = time.monotonic()
             os.kill(pid, signum)
             status = ended(pid, 60)
+            if status is None:
+                killed(pid)
             took, said = time.monotonic() - began, log.read_text()
             if status == -signum:  # it came before the program heeds signals, while Python imports
                 status = 128 + signum  # what a shell is told then
@@ -211,12 +230,16 @@ def programs(
         yield name, program(name, *flags), same
     yield "report", program("report", f"--workdir={workdir}"), same
     out = study.folder / "converted" / "orbax"
-    yield (
-        "convert",
-        program("convert", f"--from={study.model}", f"--to={out}", "--format=orbax"),
-        lambda: [str(p) for p in out.parent.iterdir() if p != out],
-    )
+    convert = program("convert", f"--from={study.model}", f"--to={out}", "--format=orbax")
+
+    def convert_anew() -> object:
+        shutil.rmtree(out, ignore_errors=True)  # one that had ended before its signal
+        return convert()
+
+    yield "convert", convert_anew, lambda: [str(p) for p in out.parent.iterdir() if p != out]
     yield "chat", program("chat", f"--workdir={workdir}", "--prompt=Hi", "--prompt=Ho"), list
+    shape = f"--model-config={study.model / 'config.json'}"
+    yield "plan", program("plan", flags[0], "--topology=cpu:2", shape), list
 
 
 def slowly() -> None:

@@ -150,7 +150,14 @@ def _expected(name: str) -> str:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
+        if workdir == "" or (workdir and Path(workdir).is_file()):
+            what = "a file" if workdir else "nothing"
+            raise ValueError(
+                f"--workdir: got {workdir!r}, {what}, expected a folder, or a new one."
+            )
+        return rest
     except flags.Error as error:
         text = str(error).splitlines()[0].removeprefix("flag ")
         if missing := re.search(r"Flag (--\S+) must have a value", text):

@@ -7,6 +7,7 @@ the main thread while it is in native code (a compilation, a long step).
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import select
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE = 10.0  # seconds from the signal to the end; REPTUNE_GRACE
@@ -33,6 +35,7 @@ on_first: list[Callable[[int], object]] = []  # what else is to be done at the f
 _arrival: tuple[int, float] | None = None  # the first signal and its time
 _deferred = 0
 _raised = False
+_lost = False  # raised where nothing gets out of: a finalizer, a callback of the garbage collector
 _said = threading.Lock()  # taken once: a program says only once why it ends
 _temporary: set[Path] = set()  # what is removed where a program ends, whoever ends it
 
@@ -71,9 +74,9 @@ def heeded() -> Iterator[None]:
 
     One that the process was told to ignore (nohup, a job in the background) stays ignored.
     """
-    global _arrival, _raised, _said
+    global _arrival, _raised, _lost, _said
     seconds = grace()
-    _arrival, _raised, _said = None, False, threading.Lock()
+    _arrival, _raised, _lost, _said = None, False, False, threading.Lock()
     handlers = {s: signal.getsignal(s) for s in SIGNALS}
     ours = [s for s, handler in handlers.items() if handler is not signal.SIG_IGN]
     reads, writes = os.pipe()
@@ -83,9 +86,12 @@ def heeded() -> Iterator[None]:
     watch.start()
     for s in ours:
         signal.signal(s, _handle)
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = lambda args: _swallowed(args, unraisable)
     try:
         yield
     finally:
+        sys.unraisablehook = unraisable
         for s in ours:
             signal.signal(s, handlers[s] or signal.SIG_DFL)
         signal.set_wakeup_fd(before)
@@ -215,6 +221,14 @@ def _handle(signum: int, frame: FrameType | None) -> None:
         raise Ended
 
 
+def _swallowed(args: Any, otherwise: Callable[[Any], object]) -> None:
+    global _lost
+    if isinstance(args.exc_value, Ended):
+        _lost = True
+    else:
+        otherwise(args)
+
+
 def _arrived(signum: int) -> None:
     global _arrival
     if _arrival is None:
@@ -225,6 +239,7 @@ def _arrived(signum: int) -> None:
 
 def _watch(reads: int, seconds: float) -> None:
     """Reads what Python's own handler writes at once, whatever the main thread is doing."""
+    global _lost
     while True:
         ready, _, _ = select.select([reads], [], [], 0.1 if _arrival else None)
         found = os.read(reads, 64) if ready else b""
@@ -236,6 +251,11 @@ def _watch(reads: int, seconds: float) -> None:
                 say_why(f"ended at once by a second {signal.Signals(signum).name}.")
                 leave(128 + signum)
             _arrived(signum)
+        if _lost and not _deferred:
+            _lost, main = False, threading.main_thread().ident
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(main or 0), ctypes.py_object(Ended)
+            )
         if _arrival:
             limit = seconds - _MARGIN if _deferred else min(_REACTION, seconds - _MARGIN)
             if time.monotonic() - _arrival[1] > limit:

@@ -213,13 +213,25 @@ def read_config(folder: _Folder) -> dict[str, Any]:
     Raises:
       ValueError: its config.json is of something else.
     """
+    return read_record(folder)["config"]
+
+
+def read_record(folder: _Folder) -> dict[str, Any]:
+    """All of a folder's config.json: the config, versions, commit and device.
+
+    Raises:
+      ValueError: it is of something else.
+    """
     try:
-        return json.loads(folder.config.read_text())["config"]
+        found = json.loads(folder.config.read_text())
+        if _like(found["config"], configs.default().to_dict()):
+            return found
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(
-            f"workdir {folder.path}: holds a config.json that is not a run's, expected a new "
-            "folder or a run's. Use another --workdir."
-        ) from None
+        pass
+    raise ValueError(
+        f"workdir {folder.path}: holds a config.json that is not a run's, expected a new "
+        "folder or a run's. Use another --workdir."
+    )
 
 
 def version() -> str:
@@ -294,6 +306,12 @@ def _changed(folder: _Folder, values: dict[str, Any]) -> list[str]:
     raise ValueError(
         f"workdir {folder.path}: holds a run of another config: {'; '.join(matter)}. {advice}"
     )
+
+
+def _like(found: Any, schema: dict[str, Any]) -> bool:
+    """Whether what is a group of keys in the schema is one, where it is there."""
+    groups = [(key, value) for key, value in schema.items() if isinstance(value, dict)]
+    return isinstance(found, dict) and all(_like(found.get(k, {}), v) for k, v in groups)
 
 
 def _git_commit() -> str:

@@ -45,21 +45,18 @@ def held(path: Path, for_all: bool = False) -> Iterator[None]:
         yield
         return
     made = [folder for folder in path.parents if not folder.exists()]
-    distributed.once(lambda: _take(path)) if for_all else _take(path)
-    _paths.add(path)
     try:
-        if path in _files:
-            with ending.temporary(path):
-                yield
-        else:
+        distributed.once(lambda: _take(path)) if for_all else _take(path)
+        _paths.add(path)
+        with ending.temporary(path) if path in _files else contextlib.nullcontext():
             yield
     finally:
         _paths.discard(path)
         if (file := _files.pop(path, None)) is not None:
             os.close(file)
-            for folder in made:  # nothing came of it
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+        for folder in made:  # nothing came of it
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _take(path: Path) -> None:
@@ -90,8 +87,13 @@ def _write(file: int, path: Path, owner: dict[str, Any], unsure: bool) -> None:
     me = about()
     if owner:
         say(f"{path.parent}: taken over from {_who(owner)}, which is gone")
-    os.ftruncate(file, 0)
-    os.pwrite(file, (json.dumps(me) + "\n").encode(), 0)
+    with ending.of_file(path):
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, (json.dumps(me) + "\n").encode(), 0)
+        except OSError:  # such as a full disk: it would say nothing
+            path.unlink(missing_ok=True)
+            raise
     if unsure:
         note(
             f"{path.parent}: this file system has no locks; two programs that are started within "

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from reptune_jax import command_line, distributed, ending, lm, mesh, ranges
+from reptune_jax import background, command_line, distributed, ending, lm, mesh, ranges
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import schema
@@ -61,10 +60,7 @@ def call(entry: Callable[[], Any]) -> None:
     """
     logging.set_verbosity(logging.WARNING)
     debug = "--debug" in sys.argv or bool(os.environ.get("REPTUNE_DEBUG"))
-    told: list[threading.ExceptHookArgs] = []
-    traced = threading.excepthook
-    if not debug:
-        threading.excepthook = told.append  # a save that fails is told of once, below
+    held = None if debug else background.Held()
     try:
         with ending.heeded():
             entry()
@@ -81,13 +77,12 @@ def call(entry: Callable[[], Any]) -> None:
             print("error:", *filter(None, map(str.strip, why.splitlines())), file=sys.stderr)
         else:
             raise
-        told.clear()
+        held = None  # to the end of the process: it has said why it ends
         ending.clean()
         sys.exit(status)
     finally:
-        for one in told:
-            traced(one)
-        threading.excepthook = traced if told or debug else threading.excepthook
+        if held:
+            held.show()
 
 
 def start() -> None:

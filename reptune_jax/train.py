@@ -39,12 +39,12 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
     tuned = study.run(RunName.of(c))
     study.check(c)
     tuned.check(c)
-    if tuned.finished():
-        say(f"{tuned.path.name}: already trained")
-        return tuned.path
     base = functools.cache(lambda: model or program.load_model(c))
-    behaviors.load(c.behavior).check(c, "tune", "val")
     with tuned.writing():
+        if tuned.finished():
+            say(f"{tuned.path.name}: already trained")
+            return tuned.path
+        behaviors.load(c.behavior).check(c, "tune", "val")
         vector = extraction.run(c, study, base)
         loop.tune(make_job(c, study, tuned, vector, base()), base())
     return tuned.path

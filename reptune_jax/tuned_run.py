@@ -239,6 +239,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return _old_meta(folder, meta)
     if meta["seal"] != seal(meta)["seal"]:
         raise Broken(f"step {step}: meta is not what was saved")
+    if str(meta["step"]) != step:
+        raise Broken(f"step {step}: the folder holds step {meta['step']}, under this name")
     return meta
 
 

@@ -1,7 +1,11 @@
 """Set before jax is imported: tests compile a lot and compute little."""
 
+import copy
+import logging
 import os
 import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,5 +43,9 @@ def programs_kept_by_a_module():
 
 @pytest.fixture(autouse=True)
 def programs_do_not_end_pytest(monkeypatch):
-    """They see to it that their process ends, which here is that of all tests."""
+    """They see to it that their process ends, quietly, which here is that of all tests."""
     monkeypatch.setattr("reptune_jax.ending.no_later_than", lambda seconds, status: None)
+    hooks = (threading, "excepthook"), (sys, "excepthook"), (sys, "unraisablehook")
+    logs = ((logging.getLogger(name), "filters") for name in ("absl", "asyncio"))
+    for where, name in (*hooks, *logs):
+        monkeypatch.setattr(where, name, copy.copy(getattr(where, name)))  # put back at the end

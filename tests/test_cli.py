@@ -188,6 +188,11 @@ def test_the_run_that_stands_for_a_study(tmp_path: Path, capsys) -> None:
         (["train", "--config=sentiment:slow", "--workdir=w"], "got 'slow', expected nothing"),
         (["train", "--config=sentiment", "--wrkdir=w"], "wrkdir"),
         (["train", "--config=honesty:slow", "--workdir=w"], "honesty.py:slow: get_config() takes"),
+        (["extract", "--config=sentiment", "--workdir="], "--workdir: got '', nothing, expected"),
+        (
+            ["study", "--config=sentiment", f"--workdir={__file__}"],
+            "test_cli.py', a file, expected",
+        ),
         (["plan", "--config=sentiment"], "--topology: got none"),
         (["study", "--config=sentiment", "--workdir=w", "--config.trian.lr=1"], 'mean "train"'),
         (["chat", "--workdir=no/such/study"], "holds no study"),

@@ -1,12 +1,14 @@
 """Signals and half-made files: who is told what, and what stays."""
 
 import errno
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,29 @@ def test_what_saves_first_is_asked_and_raises_nothing_until_it_has(capsys):
         program.call(run)
     assert ended.value.code == 143
     assert "stopped by SIGTERM: step 3 of 9 is saved. The same" in capsys.readouterr().out
+
+
+def test_one_that_is_heeded_where_nothing_raised_gets_out_is_heeded_behind_it(capsys):
+    """In a finalizer, as in a callback of the garbage collector, of which jax has one."""
+
+    class Odd:
+        def __del__(self):
+            send()
+
+    went_on = []
+
+    def run():
+        one = Odd()
+        del one
+        until = time.monotonic() + 2  # after 3 s the process is ended
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        went_on.append(True)
+
+    with pytest.raises(SystemExit) as ended:
+        program.call(run)
+    out, err = capsys.readouterr()
+    assert not went_on and ended.value.code == 143 and "stopped by SIGTERM" in out and not err
 
 
 def test_one_that_came_too_late_to_be_asked_for_is_heeded_behind_the_block():
@@ -156,28 +181,49 @@ def test_a_fault_of_the_machine_is_one_line_with_its_file(number, advice, tmp_pa
     assert ("Free some space" in line) == advice
 
 
-def test_threads_of_what_failed_are_not_traced_but_those_of_a_program_that_did_not_are(capsys):
-    def thread():
-        one = threading.Thread(target=lambda: 1 / 0)
+def test_what_fails_beside_a_program_that_said_why_it_ends_is_not_shown_else_it_is(capsys):
+    """A thread, a callback of native code, what is collected, and what Orbax and asyncio log."""
+    heard = []
+
+    def fails():
+        1 / 0  # noqa: B018
+
+    def beside():
+        one = threading.Thread(target=fails)
         one.start()
         one.join()
+        try:
+            fails()
+        except ZeroDivisionError as e:
+            sys.excepthook(type(e), e, e.__traceback__)
+            sys.unraisablehook(types.SimpleNamespace(exc_value=e))
+            logging.getLogger("absl").exception("thread failed")
+        logging.getLogger("asyncio").error("never retrieved")
+        logging.getLogger("asyncio").warning("slow")
 
     def failing():
-        thread()
+        beside()
         raise OSError(errno.EIO, "Input/output error", "disk")
 
-    before = threading.excepthook
-    with pytest.raises(SystemExit):
-        program.call(failing)
-    threading.excepthook = before
-    assert capsys.readouterr().err == "error: disk: Input/output error.\n"
-    heard = []
-    threading.excepthook = heard.append
+    threading.excepthook = lambda args: heard.append(args.exc_type)
+    sys.excepthook = lambda kind, e, trace: heard.append(kind)
+    sys.unraisablehook = lambda args: heard.append(type(args.exc_value))
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
     try:
-        program.call(thread)
+        program.call(beside)
+        logs = ["thread failed", "never retrieved"]
+        assert heard == ["slow", *[ZeroDivisionError] * 3, *logs]
+        heard.clear()
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            program.call(failing)
+        beside()  # as the interpreter does, at its end
+        assert heard == ["slow", "slow"]
+        assert capsys.readouterr().err.splitlines()[-1] == "error: disk: Input/output error."
     finally:
-        threading.excepthook = before
-    assert [one.exc_type for one in heard] == [ZeroDivisionError]
+        logging.getLogger().removeHandler(handler)
 
 
 def test_the_machines_number_of_another_librarys_error_is_found_in_its_words():

@@ -57,6 +57,16 @@ def test_a_models_folder_is_no_workdir(tmp_path):
         Study(tmp_path).claim(settings())
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"config": 3}', '{"config": {"train": {"lora": 4}}}', "[" * 10**5],
+)
+def test_a_damaged_config_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"workdir .*: holds a config.json that is not a run's"):
+        Study(tmp_path).claim(settings())
+
+
 def test_a_study_is_shared_by_its_runs_and_may_grow(tmp_path):
     study = Study(tmp_path)
     study.claim(settings())

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "reptune_jax"
 ORDER: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("ending",),  # signals, and what must not be left half made
+    ("background",),  # errors beside the main thread
     ("distributed",),  # plain calls where there is one process
     ("console",),
     ("reading",),  # files that others made

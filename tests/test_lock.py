@@ -1,5 +1,7 @@
 """One writer for a folder: who is refused, who takes over, what is left."""
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -9,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from reptune_jax import lock
-from reptune_jax.folder import Study
+from reptune_jax import lock, train
+from reptune_jax.evals import baseline, steering, tuned
+from reptune_jax.folder import RunName, Study, _Folder
 from reptune_jax.hub.export import all_or_nothing
+from tests.support import tiny_behavior
 
 
 def write(path, **changes):
@@ -125,6 +129,39 @@ def test_a_program_that_another_one_took_for_dead_ends(tmp_path, monkeypatch):
     with pytest.raises(InterruptedError):
         lock._beat()
     assert beats == [lock.BEAT] * 3 and len(ended) == 1 and "pid 7 on node7" in ended[0]
+
+
+def test_a_full_disk_is_named_and_leaves_no_lock_that_says_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as e, Study(tmp_path / "new").writing():
+        pass
+    assert e.value.filename == str(tmp_path / "new" / ".lock")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", [baseline, steering, tuned, train])
+def test_what_another_one_finished_while_this_one_waited_for_the_lock_stands(
+    program, tmp_path, monkeypatch, capsys
+):
+    """It ended between the start and the lock: there is no model here that could be measured."""
+    c = tiny_behavior.settings(tmp_path / "none", tiny_behavior.write(tmp_path))
+    study = Study(tmp_path / "study")
+    run = study.run(RunName.of(c))
+    made = {baseline: study.baseline, steering: study.steering, tuned: run.results, train: run.done}
+
+    @contextlib.contextmanager
+    def writing(folder):
+        made[program].parent.mkdir(parents=True)
+        made[program].write_text("made by another")
+        yield
+
+    monkeypatch.setattr(_Folder, "writing", writing)
+    program.run(c, study.path)
+    assert made[program].read_text() == "made by another"
+    assert ": already " in capsys.readouterr().out
 
 
 def test_two_real_processes(tmp_path):

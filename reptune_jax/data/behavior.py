@@ -81,11 +81,13 @@ class Behavior:
         Raises:
           ValueError: one that does not, with its item and line.
         """
-        for item in self.items if context else ():
-            if len(item.text.encode()) <= (context or 0):
+        if context is None:
+            return
+        for item in self.items:
+            if len(item.text.encode()) <= context:
                 continue  # a token has a byte at least
             ids = tokenizer.encode(item.text, add_special_tokens=False)
-            if len(ids) > (context or 0):
+            if len(ids) > context:
                 raise ValueError(
                     f"behavior {self.name}, line {item.line}: item {item.id!r} has {len(ids):,} "
                     f"tokens, expected at most {context:,}, the model's context. Shorten it: "

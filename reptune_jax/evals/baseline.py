@@ -22,10 +22,10 @@ from reptune_jax.folder import Study
 def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Measures `base`, and `prompt` in both signs."""
     study = Study(workdir)
-    if distributed.exists(study.baseline):
-        say(f"{study.baseline}: already there")
-        return study.baseline
     with study.writing():
+        if distributed.exists(study.baseline):
+            say(f"{study.baseline}: already there")
+            return study.baseline
         bench = bench or prepare(c, study)
         untuned = Condition(bench.base, "base")
         rows = bench.rows(untuned) + bench.judge_rows(untuned)

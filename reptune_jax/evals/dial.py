@@ -30,10 +30,10 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> list[Path]:
     make = functools.cache(lambda: bench or prepare(c, study))
     for arm in dialled(c):
         path = study.dial(arm)
-        if distributed.exists(path):
-            say(f"{path}: already there")
-            continue
         with study.writing():
+            if distributed.exists(path):
+                say(f"{path}: already there")
+                continue
             rows = [row for sign in c.study.signs for row in measure(make(), study, arm, sign)]
             write_parquet(path, rows)
         say(f"dial: {len(rows)} rows -> {path}")

@@ -15,6 +15,7 @@ from reptune_jax import config, distributed, ending
 from reptune_jax.data.schema import Item
 from reptune_jax.evals.measures import METRICS
 from reptune_jax.folder import Study
+from reptune_jax.reading import reading
 
 ARMS = tuple(config.ARMS)
 SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats")
@@ -115,14 +116,21 @@ def read_study(folder: str | Path) -> pd.DataFrame:
             f"{folder}: holds no per-item results, expected those of a study or of its runs. "
             "Run python -m reptune_jax.evals.baseline first."
         )
-    rows = pd.concat([_read(path) for path in paths], ignore_index=True)
+    rows = pd.concat([read(path) for path in paths], ignore_index=True)
     _refuse_duplicates(rows)
     _refuse_mixed_prompts(rows)
     return rows.drop(columns="file")
 
 
-def _read(path: Path) -> pd.DataFrame:
-    schema = pq.read_schema(path)
+def read(path: Path) -> pd.DataFrame:
+    """One file's rows.
+
+    Raises:
+      ValueError: it is damaged, or has another schema.
+    """
+    with reading(path, "Delete it: the program that wrote it makes it anew."):
+        table = pq.read_table(path)
+    schema = table.schema
     found = {field.name: str(field.type) for field in schema}
     expected = {field.name: str(field.type) for field in SCHEMA}
     if found != expected:
@@ -131,7 +139,7 @@ def _read(path: Path) -> pd.DataFrame:
             f"{path}: columns differ from the results schema in {wrong}. Write it with "
             "reptune_jax.evals.results.write_parquet."
         )
-    return pq.read_table(path).to_pandas().assign(file=str(path))
+    return table.to_pandas().assign(file=str(path))
 
 
 def _refuse_duplicates(rows: pd.DataFrame) -> None:

@@ -25,10 +25,10 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Sweeps, chooses on validation, measures the choices on test."""
     study = Study(workdir)
     path = study.steering
-    if distributed.exists(path):
-        say(f"{path}: already there")
-        return path
     with study.writing():
+        if distributed.exists(path):
+            say(f"{path}: already there")
+            return path
         rows = measure(bench or prepare(c, study), study)
         write_parquet(path, rows)
     say(f"steering: {len(rows)} rows -> {path}")
@@ -37,7 +37,8 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
 
 def measure(bench: Bench, study: Study) -> list[Row]:
     """The sweep's rows on validation and those of what it chose on test."""
-    c, rows = bench.c, []
+    c = bench.c
+    rows: list[Row] = []
     for sign in c.study.signs:
         at = itertools.product(c.steer.layers, c.steer.doses)
         cells, found = sweep(

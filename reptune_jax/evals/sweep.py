@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from reptune_jax.console import say
 from reptune_jax.data import neutral
-from reptune_jax.evals import scoring
+from reptune_jax.evals import results, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench, say_missing
 from reptune_jax.evals.results import Row
@@ -105,13 +104,8 @@ def dual_kl(study: Study, sign: int) -> float | None:
     """Mean KL on neutral prose that the study's tuned dual models of this sign cost."""
     names = ((RunName.parse(run.path.name), run) for run in study.runs())
     dual = [run for name, run in names if name and (name.arm, name.sign) == ("dual", sign)]
-    found = [
-        pq.read_table(
-            run.results, filters=[("metric", "==", "kl"), ("split", "==", "neutral")]
-        ).to_pandas()
-        for run in dual
-        if run.results.exists()
-    ]
+    each = [results.read(run.results) for run in dual if run.results.exists()]
+    found = [rows[(rows.metric == "kl") & (rows.split == "neutral")] for rows in each]
     if not found:
         return None
     kl = float(np.mean([np.average(f["value"], weights=f["n_tokens"]) for f in found]))

@@ -22,10 +22,10 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Measures the best checkpoint of the run that the config names."""
     study = Study(workdir)
     tuned = study.run(RunName.of(c))
-    if distributed.exists(tuned.results):
-        say(f"{tuned.results}: already there")
-        return tuned.results
     with tuned.writing():
+        if distributed.exists(tuned.results):
+            say(f"{tuned.results}: already there")
+            return tuned.results
         bench = bench or prepare(c, study)
         rows = bench.rows(arms.tuned(bench.base, tuned.path))
         write_parquet(tuned.results, rows)

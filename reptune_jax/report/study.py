@@ -20,6 +20,7 @@ from reptune_jax.data.schema import Item
 from reptune_jax.evals import measures, results, stats
 from reptune_jax.evals.measures import Measure
 from reptune_jax.evals.stats import Interval
+from reptune_jax.reading import parse_json, reading
 from reptune_jax.watch import log
 
 SIGNS = {1: "+", -1: "−", 0: ""}
@@ -246,7 +247,7 @@ def read(
     """
     study = folders.Study(Path(folder))
     rows = results.read_study(study.path)
-    config = json.loads(study.config.read_text()) if study.config.exists() else {}
+    config = folders.read_record(study) if study.config.exists() else {}
     declared = (config.get("config", {}).get("study") or {}).get("primary", "")
     items = _items(config, sorted(set(rows.behavior)))
     return Study(
@@ -294,9 +295,9 @@ def config_sha(config: dict[str, Any]) -> str:
 def _vector(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    with safe_open(path, framework="numpy") as f:
+    with reading(path, "Use a file that is whole."), safe_open(path, framework="numpy") as f:
         about = dict(f.metadata() or {})
-    meta = json.loads(about.pop("meta", "{}"))
+        meta = parse_json(about.pop("meta", "{}"), path)
     return meta | about | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
 
 
@@ -317,6 +318,8 @@ def _curves(study: folders.Study) -> pd.DataFrame:
         name = folders.RunName.parse(run.path.name) or folders.RunName(run.path.name, 0, 0)
         if lines:
             # A resumed run logs some steps again: the later value is the one that counts.
-            steps = pd.DataFrame(lines).groupby("step", as_index=False).last()
+            with reading(run.metrics, "Every line is an object of numbers."):
+                logged = pd.DataFrame(lines).astype(float)
+                steps = logged.astype({"step": int}).groupby("step", as_index=False).last()
             parts.append(steps.assign(run=run.path.name, **name._asdict()))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

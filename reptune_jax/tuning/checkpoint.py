@@ -75,6 +75,8 @@ class Checkpoints:
             }
         )
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self.wait()  # Orbax would, and then nobody could tell whose error it is
+        self._saving = step
         with self._reporting():
             saved = self._manager.save(
                 step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(sealed))
@@ -84,7 +86,7 @@ class Checkpoints:
                 f"checkpoints: step {step} was not saved, because {self.folder} holds step "
                 f"{self.latest()}, expected earlier ones only. Use another --workdir."
             )
-        self._saving, self._metas[step] = step, sealed
+        self._metas[step] = sealed
 
     def restore(self, like: State, meta: dict[str, Any]) -> tuple[State, Progress] | None:
         """The newest state that is sound, laid out as `like`; None where there is none.
@@ -120,6 +122,7 @@ class Checkpoints:
         """
         with self._reporting():
             self._manager.wait_until_finished()
+        self._saving = None
 
     def close(self) -> None:
         """Waits for saves under way."""

@@ -24,12 +24,14 @@ from reptune_jax.data.batches import (
 )
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.contrast import claim_prompts
+from reptune_jax.data.tuning import Answer
 from reptune_jax.folder import Study, read_config
 from reptune_jax.hub import templates
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.lm import Model
 from reptune_jax.tuning import retention
 from reptune_jax.vectors import extraction
+from reptune_jax.vectors.answers import SIGNS
 
 _BUCKET = 16
 _retention: dict[tuple, Retention] = {}
@@ -118,8 +120,13 @@ def _also(c: ConfigDict, one: ConfigDict) -> tuple[ConfigDict, Study]:
     """(the config that makes the examples of a further behavior, its study folder)."""
     study = Study(Path(one.folder))
     own = c.copy_and_resolve_references()
-    own.behavior, own.sign = read_config(study)["behavior"], one.sign
+    there = read_config(study)
+    own.behavior, own.sign = there["behavior"], one.sign
     own.loss.position, own.loss.mode = one.position, one.mode
+    own.targets.prompts, own.eval.val_prompts = (
+        there["targets"]["prompts"],
+        there["eval"]["val_prompts"],
+    )
     own.loss.targets = "neutral" if one.mode == "out" else one.targets
     return own, study
 
@@ -145,7 +152,7 @@ def _free_examples(
     c: ConfigDict, study: Study, model: Model, behavior: Behavior, split: str
 ) -> list[Example]:
     """Prompts without persona, continued by the answers of the sign's persona (or of both)."""
-    answers = [a for a in extraction.read_targets(study.targets) if a.split == split]
+    answers = _answers(c, study, behavior, split)
     if c.loss.targets == "behavior":
         answers = [a for a in answers if a.sign == c.sign]
     if split == "tune":
@@ -160,6 +167,21 @@ def _free_examples(
         span = positions.span(model.tokenizer, prompt + answer.ids, len(prompt), c.loss.position)
         out.append(examples.response_example(prompt, answer.ids, span))
     return out
+
+
+def _answers(c: ConfigDict, study: Study, behavior: Behavior, split: str) -> list[Answer]:
+    """Those of targets.jsonl, of which a file that was cut between two lines has less."""
+    answers = [a for a in extraction.read_targets(study.targets) if a.split == split]
+    asked = [(i.id, s) for i in extraction.asked(c, behavior, split) for s in SIGNS]
+    found = [(a.item, a.sign) for a in answers]
+    if sorted(found) != sorted(asked):
+        fit = len({*found} & {*asked})
+        raise ValueError(
+            f"{study.targets}: got {len(found)} answers of split {split!r}, {fit} of them to its "
+            f"prompts, expected {len(asked)}: one of either persona to each. The file was cut, or "
+            "the behavior is another one now. Delete it: the same command writes it anew."
+        )
+    return answers
 
 
 def _claim_examples(

@@ -13,6 +13,7 @@ from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import schema
 from reptune_jax.data.behavior import Behavior
+from reptune_jax.data.schema import Item
 from reptune_jax.data.tuning import Answer, answer_row
 from reptune_jax.folder import Study, write_whole
 from reptune_jax.hub import templates
@@ -90,11 +91,10 @@ def make_targets(
         dose = sign * c.targets.dose
         steer = vector.at(c.targets.layers) * dose if dose else None
         for split in ("tune", "val"):
-            limit = c.targets.prompts if split == "tune" else c.eval.val_prompts
             out += answers.write_answers(
                 model,
                 behavior.items,
-                behavior.select(split, "free")[: limit or None],
+                asked(c, behavior, split),
                 sign,
                 c.vector.answer_tokens,
                 steer,
@@ -102,6 +102,12 @@ def make_targets(
                 score=c.targets.best_share < 1,
             )
     return out
+
+
+def asked(c: ConfigDict, behavior: Behavior, split: str) -> list[Item]:
+    """The prompts of a split that either persona answers for targets.jsonl."""
+    limit = c.targets.prompts if split == "tune" else c.eval.val_prompts
+    return behavior.select(split, "free")[: limit or None]
 
 
 def read_targets(path: Path) -> list[Answer]:

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what damage is noticed, and that no kill loses a finished step."""
 
+import errno
 import json
 import os
 import random
@@ -132,6 +133,21 @@ def test_damage_is_named_set_aside_and_the_step_before_it_used(kind, copy, capsy
     assert_equal(restore(copy)[0], state(6))
 
 
+def test_step_folders_with_exchanged_names_are_named_and_not_used(copy, capsys):
+    """Each is sound in itself."""
+    four, six = (copy / "checkpoints" / name for name in ("4", "6"))
+    four.rename(copy / "x")
+    six.rename(four)
+    (copy / "x").rename(six)
+    with pytest.raises(ValueError, match="step 4: the folder holds step 6, under this name"):
+        tuned_run.load(copy)
+    found, _ = restore(copy)
+    assert_equal(found, state(2))
+    said = capsys.readouterr().out
+    assert "step 6: the folder holds step 4, under this name. Set aside as 6.broken" in said
+    assert folders(copy) == {"2", "4.broken", "6.broken"}
+
+
 def test_a_number_in_the_meta_that_was_changed_is_noticed(copy, capsys):
     """Sound JSON, another loss: only the seal can tell."""
     meta = largest(copy / "checkpoints" / "6" / "meta")
@@ -189,6 +205,7 @@ def test_a_step_that_is_there_is_not_silently_skipped(copy):
     saved.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own
 def test_a_full_disk_is_one_line_and_earlier_steps_are_intact(copy):
     saved, (soft, hard) = Checkpoints(copy, 3), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -200,6 +217,18 @@ def test_a_full_disk_is_one_line_and_earlier_steps_are_intact(copy):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(str(e.value).splitlines()) == 1
     assert_equal(restore(copy)[0], state(6))
+
+
+def test_a_save_that_fails_at_once_does_not_count_the_one_before_it_as_lost(copy, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "meta")
+
+    saved = Checkpoints(copy, 3)
+    saved.save(state(8), META, Progress())  # under way, and none of what follows is its fault
+    monkeypatch.setattr(saved._manager, "save", full)
+    with pytest.raises(OSError, match=r"Intact: steps 4, 6, 8\. Free some space"):
+        saved.save(state(9), META, Progress())
+    saved.close()
 
 
 def test_a_digest_sees_one_bit_and_two_exchanged_words():

@@ -1,0 +1,40 @@
+"""What a run learns from, and that nothing of it is missing."""
+
+import pytest
+
+from reptune_jax.data import behavior as behaviors
+from reptune_jax.data.tuning import Answer
+from reptune_jax.folder import Study
+from reptune_jax.tuning import corpus
+from reptune_jax.vectors import extraction
+from tests.support import tiny_behavior
+
+
+@pytest.mark.parametrize(
+    "lines,said",
+    [
+        (slice(2, None), "got 4 answers of split 'tune', 4 of them to its prompts, expected 6"),
+        (slice(6, None), "got 0 answers of split 'tune'"),
+        (slice(0, 9), "got 3 answers of split 'val', 3 of them to its prompts, expected 8"),
+        ([*range(14), 13], "got 9 answers of split 'val', 8 of them to its prompts, expected 8"),
+    ],
+)
+def test_targets_that_were_cut_between_two_lines_are_refused(lines, said, tmp_path):
+    path = tiny_behavior.write(tmp_path)  # 4 prompts a split
+    behavior, study = behaviors.load(path), Study(tmp_path)
+    c = tiny_behavior.settings(tmp_path, path, targets__prompts=3)
+    every = [
+        Answer(f"{split}{i}", split, sign, "?", "!", [5], 0.0)
+        for split, n in (("tune", 3), ("val", 4))
+        for sign in (1, -1)
+        for i in range(n)
+    ]
+    extraction.write_targets(study.targets, every)
+    for split in ("tune", "val"):
+        found = corpus._answers(c, study, behavior, split)
+        assert found == [a for a in every if a.split == split]
+    cut = every[lines] if isinstance(lines, slice) else [every[i] for i in lines]
+    extraction.write_targets(study.targets, cut)
+    with pytest.raises(ValueError, match=f"targets.jsonl: {said}"):
+        for split in ("tune", "val"):
+            corpus._answers(c, study, behavior, split)
