@@ -368,29 +368,6 @@ def test_what_is_primary_where_nothing_is_declared(read, tmp_path):
     assert [str(m) for m in free.measures()] == ["logodds:free", "vader:free"]
 
 
-@pytest.mark.parametrize(
-    "name,text",
-    [
-        ("config.json", "{"),
-        ("config.json", '{"config": {"study": 3}}'),
-        ("results/baseline.parquet", "x"),
-        ("results/baseline.parquet", ""),
-        ("vector.safetensors", "x"),
-        ("dual+_s0/metrics.jsonl", "3\n"),
-        ("dual+_s0/metrics.jsonl", '{"step": 1, "loss": "x"}\n'),
-    ],
-)
-def test_a_damaged_file_of_a_study_is_named_in_one_line(name, text, folder, tmp_path):
-    copy = tmp_path / "study"
-    shutil.copytree(folder, copy)
-    assert (copy / name).exists() == (name != "vector.safetensors")
-    (copy / name).write_text(text)
-    with pytest.raises(ValueError) as e:
-        study.read(copy)
-    assert f"{copy if name == 'config.json' else copy / name}: " in str(e.value)
-    assert len(str(e.value).splitlines()) == 1
-
-
 def test_the_studys_own_declared_primary_measure_is_used(folder, tmp_path):
     copy = tmp_path / "study"
     shutil.copytree(folder, copy)

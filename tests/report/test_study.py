@@ -1,4 +1,4 @@
-"""The small folder that is kept of a study."""
+"""A study as it is read: damaged files are named; what is kept of it is one again."""
 
 import json
 
@@ -29,3 +29,25 @@ def test_what_is_kept_is_a_study_again_and_names_no_folder(tmp_path):
     )
     with pytest.raises(ValueError, match="not empty"):
         keep.keep(whole, kept)
+
+
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("config.json", "{"),
+        ("config.json", '{"config": {"study": 3}}'),
+        ("results/baseline.parquet", "x"),
+        ("results/baseline.parquet", ""),
+        ("vector.safetensors", "x"),
+        ("dual+_s0/metrics.jsonl", "3\n"),
+        ("dual+_s0/metrics.jsonl", '{"step": 1, "loss": "x"}\n'),
+    ],
+)
+def test_a_damaged_file_of_a_study_is_named_in_one_line(name, text, tmp_path):
+    copy = synthetic_study(tmp_path / "study", items=4, seeds=(0,), arms=("dual",))
+    assert (copy / name).exists() == (name != "vector.safetensors")
+    (copy / name).write_text(text)
+    with pytest.raises(ValueError) as e:
+        study.read(copy)
+    assert f"{copy if name == 'config.json' else copy / name}: " in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
