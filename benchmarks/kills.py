@@ -39,6 +39,8 @@ CHANGES: dict[str, Any] = {
     "study__arms": ("base", "steer", "dual"),
     "study__signs": (1,),
     "study__seeds": (0,),
+    "dial__arms": ("dual",),
+    "dial__scales": (1.0, 2.0),
 }
 STEP = 0.1  # seconds that a step takes at least: most of a study is training
 ON_TIME = 10.0
@@ -226,7 +228,8 @@ def programs(
         wrong = [name for name, value in now.items() if value != whole.get(name)]
         return wrong + [str(p) for pattern in LEFT for p in workdir.parent.rglob(pattern)]
 
-    for name in ("extract", "train", "evals.tuned", "evals.baseline", "evals.steering", "study"):
+    before = "extract", "train", "evals.tuned", "evals.baseline", "evals.steering", "evals.dial"
+    for name in (*before, "study"):
         yield name, program(name, *flags), same
     yield "report", program("report", f"--workdir={workdir}"), same
     out = study.folder / "converted" / "orbax"
