@@ -23,7 +23,8 @@ setup_env() {
     return 0
   fi
   echo "setup: installing reptune_jax${extra:+[$extra]} into .venv"
-  python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" || return 1
+  # Most of what is installed is never imported, and need not be compiled.
+  python -m pip install --quiet --disable-pip-version-check --no-compile -e ".${extra:+[$extra]}" || return 1
   echo "$hash" >"$stamp"
 }
 

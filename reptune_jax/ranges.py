@@ -103,7 +103,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "steer.doses": Range(0, 1e4, above=True),
     "steer.documents": _AT_LEAST_ONE,
     "steer.max_kl": _COUNT,
-    "dial.arms": configs.TUNED_ARMS,
+    "dial.arms": configs.TUNED_ARMS[:-1],  # `out` is the same for both signs
     "dial.scales": Range(0, 1e4, above=True),
     "eval.splits": ("val", "test", "ood"),
     "eval.prompts": _COUNT,

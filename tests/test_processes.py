@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reptune_jax import distributed, train, tuned_run
-from reptune_jax.evals import baseline, steering, tuned
+from reptune_jax.evals import steering, tuned
 from tests.support import processes, tiny_behavior
 
 FLAGS = ("--config.mesh.fsdp=2",)
@@ -98,16 +98,15 @@ def test_both_evaluate_and_find_what_one_does(together, study):
         assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
 
-@pytest.mark.parametrize("program", [baseline, steering], ids=["baseline", "steering"])
-def test_both_measure_the_untuned_model_as_one_does(program, study, monkeypatch):
-    """Plain, under a persona, and a sweep of steering with the doses that it chooses."""
-    (study, _), name = study, program.__name__.rpartition(".")[2]
-    alone, together = (study.workdir(f"{name} {who}") for who in ("alone", "together"))
+def test_both_steer_the_untuned_model_as_one_does(study, monkeypatch):
+    """A sweep, with the doses that it chooses."""
+    study, _ = study
+    alone, together = (study.workdir(f"steering {who}") for who in ("alone", "together"))
     tiny_behavior.patch_neutral(monkeypatch)
-    program.run(study.c, alone)
-    first, second = study.pair(f"evals.{name}", together, *FLAGS)
-    assert f"{name}: " in first.check() and not second.check()
-    ours, theirs = values(together, name), values(alone, name)
+    steering.run(study.c, alone)
+    first, second = study.pair("evals.steering", together, *FLAGS)
+    assert "steering: " in first.check() and not second.check()
+    ours, theirs = values(together, "steering"), values(alone, "steering")
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key

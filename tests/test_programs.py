@@ -14,13 +14,13 @@ from reptune_jax.evals import arms
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.support import tiny, tiny_behavior
 
-TUNED = ("token", "vector", "dual", "random", "preventative", "out")
+TUNED = ("token", "vector", "dual", "random", "out")
 NO_SIGN = ("out", -1)  # tuning out is the same for both signs, and runs once
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(config, folder) of a study of every arm."""
+    """(config, folder) of a study of every arm but `preventative`, another program to compile."""
     with pytest.MonkeyPatch.context() as patch:
         tiny_behavior.patch_neutral(patch)
         tiny_behavior.keep_programs(tmp_path_factory.mktemp("programs"))

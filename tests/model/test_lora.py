@@ -130,7 +130,8 @@ def test_steps_of_every_arm_move_adapters_and_nothing_else(model):
             assert leaf.dtype == jnp.float32 and (np.asarray(leaf) != start[path]).mean() > 0.9
         seen[arm] = np.asarray(state.trained["attn/v/lora_b"]).tobytes()
     assert len(set(seen.values())) == len(config.TUNED_ARMS)
-    assert len(programs) == 1 and programs.pop()._cache_size() == 1
+    # One for all, and one for `preventative`, which steers while it trains.
+    assert len(programs) == 1 and programs.pop()._cache_size() == 2
     for path, leaf in flat(model.params).items():
         assert (np.asarray(leaf) == before[path]).all(), path
 
