@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import shutil
 import socket
 import subprocess
@@ -113,8 +114,8 @@ class Running:
 
     @property
     def out(self) -> str:
-        gloo = ("[Gloo]", "peer ranks")  # it writes its line in pieces, of two processes mixed
-        return "".join(line for line in self.lines if not any(part in line for part in gloo))
+        # Gloo writes its line in pieces, which mix with those of another: what is ours has a time.
+        return "".join(line for line in self.lines if re.match(r"\[\d\d:\d\d:\d\d\] ", line))
 
     def check(self, code: int = 0) -> str:
         """Ended as it should and without alarming anyone."""
