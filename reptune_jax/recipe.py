@@ -86,12 +86,13 @@ def run(c: ConfigDict, workdir: Path) -> Path:
     """Searches; returns the file of the chosen config.
 
     Raises:
-      ValueError: an arm that is not tuned, more behaviors than one, or nothing that can be chosen.
+      ValueError: an arm that is not tuned, several behaviors or rates, or nothing to be chosen.
     """
-    if c.arm not in TUNED_ARMS or c.loss.also:
+    if c.arm not in TUNED_ARMS or c.loss.also or c.train.lr_by_path:
         raise ValueError(
-            f"arm: got {c.arm!r} with {len(c.loss.also)} further behaviors, expected a tuned arm "
-            "and one behavior. Search for each behavior by itself."
+            f"arm: got {c.arm!r} with {len(c.loss.also)} further behaviors and "
+            f"{len(c.train.lr_by_path)} rates of train.lr_by_path, expected a tuned arm, one "
+            "behavior and one rate. Search for each behavior by itself."
         )
     study, given = Study(workdir), spans(c.search.layers)
     with study.writing():

@@ -61,6 +61,14 @@ def test_the_layers_searched_fit_the_models_depth(settings):
         recipe.spans(["20-10"])
 
 
+def test_what_the_written_config_could_not_hold_is_refused_before_anything(settings, tmp_path):
+    c = settings.copy_and_resolve_references()
+    c.train.lr_by_path = {"attn/v": 1e-4}
+    with pytest.raises(ValueError, match=r"1 rates of train.lr_by_path, expected .* one rate"):
+        recipe.run(c, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_halving_trains_the_better_half_longer_and_writes_its_config(
     settings, tmp_path, monkeypatch, capsys
 ):

@@ -34,6 +34,8 @@ def keep(study: Study, to: Path, note: str = "") -> Path:
         config = json.loads(json.dumps(study.config))
         values = config.setdefault("config", {})
         values |= {key: public_name(str(values.get(key, ""))) for key in ("model", "behavior")}
+        for one in (values.get("loss") or {}).get("also", {}).values():
+            one["folder"] = public_name(one["folder"])
         kept.config.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         kept.items.parent.mkdir()
         rows = pa.Table.from_pandas(study.rows[SCHEMA.names], SCHEMA, preserve_index=False)

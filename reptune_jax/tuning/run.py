@@ -163,10 +163,10 @@ class Run:
 
     def _warn(self, at: int, token_loss: float) -> None:
         """Says while a run goes on that it unlearns: worse than untuned, or one verdict for all."""
-        first = next(logged(self.folder.metrics), {}) if self.folder.metrics.exists() else {}
-        untuned = first.get("val/token_loss", math.inf)
         if at == 0 or not self.objective.weight_J[0] or self.c.loss.targets == "neutral":
             return
+        first = next(logged(self.folder.metrics), {}) if self.folder.metrics.exists() else {}
+        untuned = first.get("val/token_loss", math.inf)
         found = ""
         if self.claims and abs(token_loss - math.log(2)) < _ONE_VERDICT:
             found = "is that of one verdict for all claims (ln 2)"

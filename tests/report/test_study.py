@@ -13,6 +13,7 @@ def test_what_is_kept_is_a_study_again_and_names_no_folder(tmp_path):
     folder = synthetic_study(tmp_path / "made", items=8, seeds=(0,), arms=("token", "dual"))
     config = json.loads((folder / "config.json").read_text())
     config["config"] |= {"model": "/home/somebody/model.gguf", "behavior": "/home/somebody/b.jsonl"}
+    config["config"]["loss"] = {"also": {"mood": {"folder": "/home/somebody/runs/mood"}}}
     (folder / "config.json").write_text(json.dumps(config))
     whole = study.read(folder)
     kept = keep.keep(whole, tmp_path / "results" / "kept", "by hand, in no time")

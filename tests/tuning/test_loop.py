@@ -3,12 +3,14 @@
 import contextlib
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 
-from reptune_jax import lm, train, tuned_run
+from reptune_jax import config, folder, lm, train, tuned_run
 from reptune_jax.evals import arms
+from reptune_jax.tuning.run import Run
 from reptune_jax.vectors.steering_vector import SteeringVector
 from reptune_jax.watch.log import Log
 from tests.support import tiny, tiny_behavior
@@ -244,3 +246,24 @@ def test_a_split_without_examples_is_an_error(model, behavior, tmp_path):
     c = tiny_behavior.settings(model.name, path)
     with pytest.raises(ValueError, match=r"has no open prompts in split 'val'"):
         train.run(c, tmp_path / "study", model)
+
+
+@pytest.mark.parametrize(
+    "claims,token_loss,said",
+    [
+        (True, 0.695, "is that of one verdict for all claims (ln 2)"),
+        (True, 0.6, ""),
+        (True, 1.1, "is worse than before training"),
+        (False, 0.695, ""),  # of answers in words ln 2 means nothing
+    ],
+)
+def test_a_run_that_unlearns_says_so(claims, token_loss, said, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val/token_loss": 1.0}\n')
+    run = Run.__new__(Run)
+    run.folder, run.claims, run.c = folder.Run(tmp_path), claims, config.default()
+    run.objective = types.SimpleNamespace(weight_J=[1.0])
+    run._warn(0, 5.0)
+    assert capsys.readouterr().out == ""
+    run._warn(8, token_loss)
+    out = capsys.readouterr().out
+    assert said in out and bool(out) == bool(said)
