@@ -176,6 +176,7 @@ def _train() -> ConfigDict:
     c.log_every = 5
     c.measure_every = 10  # gradient norm of each loss alone: three more backward passes; 0 = never
     c.eval_every = 10
+    c.rows = 0  # tuning rows used, drawn by the seed; 0 = all
     c.val_rows = 0  # validation rows, 0 = all
     c.patience = 3  # evaluations without improvement before stopping; 0 = never
     c.keep = 1  # checkpoints kept besides the best

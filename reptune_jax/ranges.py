@@ -92,6 +92,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "train.log_every": _AT_LEAST_ONE,
     "train.measure_every": _COUNT,
     "train.eval_every": _AT_LEAST_ONE,
+    "train.rows": _COUNT,
     "train.val_rows": _COUNT,
     "train.patience": _COUNT,
     "train.keep": _AT_LEAST_ONE,

@@ -105,6 +105,7 @@ def make_corpus(c: ConfigDict, workdir: Path, model: Model) -> Corpus:
     val = [found[: c.train.val_rows or None] for found in val]
     longest = max(len(e.ids) for found in train + val for e in found)
     T = -(-longest // _BUCKET) * _BUCKET
+    train[0] = _some(train[0], c)
     batches = (c.train.batch, *(one.batch for one in c.loss.also.values()))
     return Corpus(
         train=_stack(train, model.pad_id, T),
@@ -141,6 +142,17 @@ def _examples(name: str, c: ConfigDict, study: Study, model: Model, split: str) 
             "or claims. Add some."
         )
     return [examples.unlabeled(e) for e in found] if c.loss.mode == "hold" else found
+
+
+def _some(found: list[Example], c: ConfigDict) -> list[Example]:
+    """`train.rows` of them, others for each seed: what few labels do depends on which they are."""
+    if c.train.rows > len(found):
+        raise ValueError(
+            f"train.rows: got {c.train.rows}, expected at most the {len(found)} tuning rows of "
+            f"{c.behavior}. 0 takes all."
+        )
+    at = np.random.default_rng(c.seed).permutation(len(found))
+    return [found[i] for i in at[: c.train.rows]] if c.train.rows else found
 
 
 def _stack(of_each: list[list[Example]], pad_id: int, T: int) -> Examples:

@@ -38,3 +38,18 @@ def test_targets_that_were_cut_between_two_lines_are_refused(lines, said, tmp_pa
     with pytest.raises(ValueError, match=f"targets.jsonl: {said}"):
         for split in ("tune", "val"):
             corpus._answers(c, study, behavior, split)
+
+
+def test_few_rows_are_drawn_by_the_seed(tmp_path):
+    found = [corpus.Example([i], [0], [[(1, 1.0)]], (0, 1)) for i in range(9)]
+    c = tiny_behavior.settings(tmp_path, tmp_path / "b.jsonl", train__rows=4)
+    drawn = {}
+    for c.seed in (0, 1, 0):
+        some = [e.ids[0] for e in corpus._some(found, c)]
+        assert len(set(some)) == 4 and drawn.setdefault(c.seed, some) == some
+    assert set(drawn[0]) != set(drawn[1])
+    c.train.rows = 0
+    assert corpus._some(found, c) == found
+    c.train.rows = 10
+    with pytest.raises(ValueError, match=r"train.rows: got 10, expected at most the 9 tuning rows"):
+        corpus._some(found, c)
