@@ -4,7 +4,8 @@
 
 The paper's recipe: the vector is read, and the cosine taken, at the newline before the answer cue,
 and the rate is the paper's. At 3e-4 every tuned arm gives one verdict to all claims
-(docs/results.md). Made for an accelerator.
+(docs/results.md). Made for an accelerator;
+`configs/honesty.py:quick` is cut down for two CPU cores and a model of half a billion weights.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,9 @@ from ml_collections import ConfigDict
 from reptune_jax.config import default
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "quick"):
+        raise ValueError(f"configs/honesty.py: got {arg!r}, expected nothing or 'quick'.")
     c = default()
     c.model = "Qwen/Qwen2.5-1.5B-Instruct"
     c.behavior = "honesty"
@@ -45,4 +48,19 @@ def get_config() -> ConfigDict:
     c.study.arms += ("token", "vector", "dual", "random", "preventative", "out")
     c.study.signs = (1, -1)
     c.study.seeds = (0, 1, 2)
+    return quick(c) if arg == "quick" else c
+
+
+def quick(c: ConfigDict) -> ConfigDict:
+    """The + side of fewer arms, steps and claims, one seed."""
+    c.model = "Qwen/Qwen2.5-0.5B-Instruct"
+    c.train.steps = 40
+    c.train.eval_every = 20
+    c.train.val_rows = 24
+    c.eval.claims = 48
+    c.eval.documents = 6
+    c.study.arms = ("base", "prompt", "token", "dual", "random")
+    c.study.signs = (1,)
+    c.study.seeds = (0,)
+    c.study.export = ""
     return c

@@ -20,7 +20,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
     """Header lines: what was run, on what, by which code."""
     rows, vector = study.rows, study.vector
     value = functools.partial(studies.config_value, study.config)
-    arms = ", ".join(dict.fromkeys(c.name for c in study.settings()))
+    arms = ", ".join(setting.name for setting in study.picks("test"))
     tuned = rows[rows.arm.isin(TUNED_ARMS)]
     if "model" in vector:  # of an earlier version, which wrote the path
         vector = {**vector, "model": public_name(str(vector["model"]))}

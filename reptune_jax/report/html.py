@@ -11,6 +11,7 @@ from reptune_jax.report import about, outcomes, sections, style
 from reptune_jax.report.blocks import Plot
 from reptune_jax.report.study import Study
 
+_SENTENCE = 60  # characters
 _KINDS = {
     "good": {"dual ahead", "non-inferior", outcomes.MOVED},
     "bad": {
@@ -46,16 +47,21 @@ def render(study: Study, plot_dir: Path | None = None) -> str:
         png = None if plot_dir is None else plot_dir / f"{plot.name}.png"
         return style.draw(plot, png)
 
-    environment.filters |= {"cell": _cell, "head": _head, "drawn": drawn}
+    environment.filters |= {"cell": _cell, "head": _head, "drawn": drawn, "texts": _texts}
     environment.filters["kind"] = lambda block: type(block).__name__
     built = [(section, section.build(study)) for section in sections.SECTIONS]
     return environment.get_template("template.html").render(
         behavior=", ".join(sorted(set(study.rows.behavior))),
-        headline=outcomes.headline(study),
+        headline=outcomes.answers(study),
         facts=about.facts(study),
         selection=about.selection(study),
         sections=[(section, blocks) for section, blocks in built if blocks],
     )
+
+
+def _texts(rows: list[list[str]]) -> set[int]:
+    """Which columns hold sentences, which may wrap and begin at the left."""
+    return {i for row in rows for i, cell in enumerate(row) if len(cell) > _SENTENCE}
 
 
 def _head(text: str) -> markupsafe.Markup:

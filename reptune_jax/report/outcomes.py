@@ -226,12 +226,17 @@ def _word(known: dict[Setting, Outcome], setting: Setting) -> str:
 
 def headline(study: Study) -> list[str]:
     """Did it work, against what, at what cost, on how much evidence: a sentence for each sign."""
+    return ["; ".join(parts) + "." for parts in answers(study)]
+
+
+def answers(study: Study) -> list[list[str]]:
+    """The same, each part for itself."""
     if study.primary is None:
-        return ["Nothing was measured yet."]
+        return [["Nothing was measured yet"]]
     known = outcomes(study)
     shown = next((a for a in ("dual", "vector", "token", "steer") if _of(known, a)), "")
-    return [_sentence(study, setting, known[setting]) for setting in _of(known, shown)] or [
-        "No arm besides base has test rows yet."
+    return [_answers(study, setting, known[setting]) for setting in _of(known, shown)] or [
+        ["No arm besides base has test rows yet"]
     ]
 
 
@@ -255,10 +260,10 @@ def _of(known: dict[Setting, Outcome], arm: str) -> list[Setting]:
     return [setting for setting in known if setting.arm == arm]
 
 
-def _sentence(study: Study, setting: Setting, found: Outcome) -> str:
+def _answers(study: Study, setting: Setting, found: Outcome) -> list[str]:
     measure = study.primary
     assert measure is not None
-    parts = [f"{setting.name}: {found.word} ({found.why}) by {measure.label}"]
+    parts = [f"{setting.name}: {found.word}", f"by {measure.label}: {found.why}"]
     if setting.arm == "dual":
         against = [
             f"{r.rival.name}: {r.verdict}"
@@ -271,4 +276,4 @@ def _sentence(study: Study, setting: Setting, found: Outcome) -> str:
     rows = study.measured(setting, measure, "test")
     items, clusters, seeds = rows.item_id.nunique(), rows.cluster.nunique(), rows.seed.nunique()
     parts.append(f"evidence: {items} test items in {clusters} clusters, training seeds: {seeds}")
-    return "; ".join(parts) + "."
+    return parts

@@ -92,7 +92,7 @@ def test_an_arm_is_called_what_it_is(tmp_path, arms, word, why):
 def test_the_first_line_says_against_what_at_what_cost_on_how_much_evidence(tmp_path):
     read = claims_study(tmp_path, dual=better, token=same)
     first = outcomes.headline(read)[0]
-    assert first.startswith(f"dual +: {MOVED} (")
+    assert first.startswith(f"dual +: {MOVED}; by Log-odds, claims (nats): ")
     for part in ("token +: dual ahead", "cost not measured", "60 test items in 30 clusters"):
         assert part in first
     assert markdown.render(read).startswith(f"- {first}")
@@ -105,7 +105,8 @@ def test_between_collapsed_arms_nobody_is_ahead(tmp_path):
     assert said == {"base": "dual collapsed", "token": "both collapsed", "random": "dual collapsed"}
     page = html.write(read).read_text()
     assert "ahead</span>" not in page and '<span class="bad">collapsed</span>' in page
-    assert page.index("dual +: collapsed") < page.index("<nav>")  # in the first screen
+    first = page.index('dual +: <span class="bad">collapsed</span>')
+    assert first < page.index("<nav>")  # in the first screen
 
 
 @pytest.mark.parametrize(
