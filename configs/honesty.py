@@ -54,12 +54,17 @@ def get_config(arg: str = "") -> ConfigDict:
 def quick(c: ConfigDict) -> ConfigDict:
     """The + side of fewer arms, steps and claims, one seed."""
     c.model = "Qwen/Qwen2.5-0.5B-Instruct"
-    c.train.steps = 40
-    c.train.eval_every = 20
-    c.train.val_rows = 24
+    c.vector.pairs = 24
+    c.train.steps = 30
+    c.train.batch = 4
+    c.train.retain_batch = 1
+    c.train.lr = 1e-4
+    c.train.eval_every = 15
+    c.train.val_rows = 16
     c.eval.claims = 48
-    c.eval.documents = 6
-    c.study.arms = ("base", "prompt", "token", "dual", "random")
+    c.eval.scenarios = 12
+    c.eval.documents = 4
+    c.study.arms = ("base", "token", "dual", "random")
     c.study.signs = (1,)
     c.study.seeds = (0,)
     c.study.export = ""

@@ -53,7 +53,7 @@ ROLES: dict[str, str] = {
     "search": "shown",
 }
 # What a vector and the targets depend on.
-OF_VECTOR: tuple[str, ...] = ("model", "dtype", "template_arguments", "behavior", "vector")
+OF_VECTOR: tuple[str, ...] = ("model", "dtype", "tf32", "template_arguments", "behavior", "vector")
 OF_VECTOR += ("targets", "eval.val_prompts", "eval.batch")
 
 
@@ -62,6 +62,7 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.model = ""  # folder, hub id, or file.gguf
     c.dtype = ""  # "" = float32 on CPU, bfloat16 on accelerators
+    c.tf32 = False  # float32 products in TensorFloat-32, on GPUs: faster, 3 digits
     c.template_arguments = ""  # JSON, what chat templates are given: {"enable_thinking": false}
     c.behavior = "sentiment"  # a shipped behavior, or a path to a .jsonl
     c.arm = "dual"  # one of ARMS
@@ -205,6 +206,7 @@ def _eval() -> ConfigDict:
     c.val_prompts = 0
     c.ood_prompts = 0
     c.claims = 0
+    c.scenarios = 0
     c.templates = ("truefalse", "lettered")  # how claims are asked
     c.documents = 0  # neutral documents, 0 = all
     c.heat_map = 24  # test prompts whose cosines are averaged

@@ -47,6 +47,8 @@ def main(run: Callable[..., Any], doc: str | None, of_study: bool = False) -> No
             raise ValueError(f"unexpected argument {argv[1]!r}; see --help.")
         c = ranges.check(flag.value)
         start()
+        if c.tf32:
+            jax.config.update("jax_default_matmul_precision", "tensorfloat32")
         distributed.start(coordinator.value, processes.value, process_id.value)
         run(c, Path(str(workdir.value)))
 

@@ -111,6 +111,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "eval.val_prompts": _COUNT,
     "eval.ood_prompts": _COUNT,
     "eval.claims": _COUNT,
+    "eval.scenarios": _COUNT,
     "eval.documents": _COUNT,
     "eval.heat_map": _COUNT,
     "eval.personas": _AT_LEAST_ONE,

@@ -27,7 +27,8 @@ def rows(
     """
     claims = behavior.select(split, "claim")[: settings.claims or None]
     asked = [x for template in settings.templates for x in claim_prompts(claims, template)]
-    asked += scenario_prompts(behavior.select(split, "ab"))
+    scenarios = behavior.select(split, "ab")[: settings.scenarios or None]
+    asked += scenario_prompts(scenarios)
     return score(cond, labels, asked, settings.batch) if asked else []
 
 

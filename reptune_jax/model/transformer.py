@@ -26,6 +26,7 @@ from reptune_jax.model import cache as caches
 from reptune_jax.model.arch import Arch, Layer
 from reptune_jax.model.cache import Cache
 from reptune_jax.model.norms import Norm
+from reptune_jax.model.precision import in_full
 from reptune_jax.model.rope import rope_tables, rotate
 
 Segments = tuple[tuple[str, int], ...]  # (name, number of layers), bottom to top
@@ -251,6 +252,7 @@ class Decoder(nn.Module):
         if not a.tied:
             self.head = nn.Embed(a.V, a.D, dtype=self.dtype)
 
+    @in_full
     def __call__(
         self,
         tokens_BxT: jax.Array,
@@ -357,6 +359,7 @@ class Decoder(nn.Module):
         kinds = [of(kind) for kind in a.kinds]
         return kinds[0] if len(kinds) == 1 else jax.tree.map(lambda *k: jnp.stack(k), *kinds)
 
+    @in_full
     def logits(self, hidden_xD: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
         table_VxD = (self.embed if self.arch.tied else self.head).embedding

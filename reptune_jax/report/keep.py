@@ -2,6 +2,7 @@
 
 results/sentiment/          a study folder again: `reptune report results/sentiment` reads it
   README.md                 where it comes from, and every table of the report
+  summary.json              dual by the primary measure, and against each rival
   config.json
   results/items.parquet     unless it is large
 """
@@ -9,6 +10,7 @@ results/sentiment/          a study folder again: `reptune report results/sentim
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,8 +19,10 @@ from reptune_jax import folder as folders
 from reptune_jax.evals.results import SCHEMA
 from reptune_jax.hub.export import all_or_nothing
 from reptune_jax.hub.side_files import public_name
-from reptune_jax.report import markdown
-from reptune_jax.report.study import Study
+from reptune_jax.report import markdown, outcomes
+from reptune_jax.report import study as studies
+from reptune_jax.report.blocks import interval, number
+from reptune_jax.report.study import BASE, Study
 
 _LARGE = 4 << 20  # bytes of per-item results
 
@@ -36,7 +40,7 @@ def keep(study: Study, to: Path, note: str = "") -> Path:
         values |= {key: public_name(str(values.get(key, ""))) for key in ("model", "behavior")}
         for one in (values.get("loss") or {}).get("also", {}).values():
             one["folder"] = public_name(one["folder"])
-        kept.config.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        kept.config.write_text(_as_json(config), encoding="utf-8")
         kept.items.parent.mkdir()
         rows = pa.Table.from_pandas(study.rows[SCHEMA.names], SCHEMA, preserve_index=False)
         pq.write_table(rows, kept.items, compression="zstd")
@@ -55,6 +59,42 @@ def keep(study: Study, to: Path, note: str = "") -> Path:
             items,
         ]
         lines = [f"# {to.name}", "", *(f"- {line}" for line in about if line), ""]
+        (scratch / "summary.json").write_text(_as_json(summary(study)), encoding="utf-8")
         text = "\n".join([*lines, markdown.render(study)])
         (scratch / "README.md").write_text(text, encoding="utf-8")
     return to
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """What README's table says of a study: intervals as the report has them."""
+    measure, known = study.primary, outcomes.outcomes(study)
+    if measure is None:
+        return {}
+    rows = study.measured(BASE, measure, "test")
+    frame = outcomes.family_frame(study, measure)
+    dual = [setting for setting in known if setting.arm == "dual"]
+    return {
+        "behavior": ", ".join(sorted(set(study.rows.behavior))),
+        "model": public_name(str(studies.config_value(study.config, "model"))),
+        "primary": measure.label,
+        "items": rows.item_id.nunique(),
+        "seeds": study.rows[study.rows.arm == "dual"].seed.nunique(),
+        "dual": [
+            {
+                "sign": setting.sign,
+                "outcome": known[setting].word,
+                "delta": interval(studies.interval(study.delta(setting, BASE, measure, "test"))),
+                "kl": number(study.kl(setting)),
+                "against": {
+                    r.rival.arm: {"advantage": interval(r.advantage), "verdict": r.verdict}
+                    for r in frame.itertuples()
+                    if r.dual == setting and r.rival != BASE
+                },
+            }
+            for setting in dual
+        ],
+    }
+
+
+def _as_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"

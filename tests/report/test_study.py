@@ -18,11 +18,16 @@ def test_what_is_kept_is_a_study_again_and_names_no_folder(tmp_path):
     whole = study.read(folder)
     kept = keep.keep(whole, tmp_path / "results" / "kept", "by hand, in no time")
     assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == {
-        "README.md", "config.json", "results/items.parquet"
+        "README.md", "config.json", "summary.json", "results/items.parquet"
     }  # fmt: skip
     page = (kept / "README.md").read_text()
     assert "by hand, in no time" in page and markdown.render(whole) in page
     assert "/home" not in page + (kept / "config.json").read_text()
+    told = json.loads((kept / "summary.json").read_text())
+    assert told["model"] == "model.gguf" and (told["items"], told["seeds"]) == (8, 1)
+    for dual in told["dual"]:  # as in the tables
+        for number in (dual["delta"], dual["against"]["token"]["advantage"]):
+            assert number in page
     again = study.read(kept)
     pd.testing.assert_frame_equal(
         again.rows.sort_values([*again.rows]).reset_index(drop=True),

@@ -1,0 +1,63 @@
+"""Products of float32 are asked for in float32, everywhere, unless JAX was told otherwise."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.lax import Precision
+
+from reptune_jax.model.arch import Arch, Rope
+from reptune_jax.model.intervene import Probe, steer_all
+from reptune_jax.model.read import read
+from reptune_jax.model.transformer import unembed, whole
+
+B, T, N, D = 2, 5, 3, 16
+ARCH = Arch("llama", 32, D, N, 4, 2, 4, 24, Rope(1e4), 1e-5, False)
+
+
+def products(jaxpr: Any) -> Iterator[Any]:
+    """The precision of every product, in loops and calls too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn.params["precision"]
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)
+
+
+def asked(dtype: Any) -> set[Any]:
+    """Of a forward that is steered, probed, read and unembedded, and of its gradient."""
+    decoder, tokens = whole(ARCH, dtype), jnp.ones((B, T), jnp.int32)
+    params = jax.eval_shape(decoder.init, jax.random.key(0), tokens, tokens)["params"]
+    v_NxD = jnp.ones((N, D))
+
+    def loss(params: Any) -> jax.Array:
+        found = read(
+            decoder,
+            {"params": params},
+            tokens,
+            tokens,
+            probe=Probe(v_NxD, v_NxD),
+            read_BxPxT=jnp.ones((B, 1, T)),
+            steer=steer_all(v_NxD, jnp.ones(N), B, T),
+        )
+        logits = unembed(decoder, params, found.hidden_BxTxD)
+        return logits.sum() + found.cosine_NxBxT.sum() + found.mean_NxBxPxD.sum()
+
+    found = list(products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    assert len(found) > 20
+    return set(found)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_product_is_asked_for_in_full(dtype):
+    assert asked(dtype) == {(Precision.HIGHEST, Precision.HIGHEST)}
+
+
+def test_who_asks_jax_for_less_gets_less():
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert asked(jnp.float32) == {(Precision.HIGH, Precision.HIGH)}
