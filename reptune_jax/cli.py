@@ -21,6 +21,7 @@ PROGRAMS = {
     "steering": "reptune_jax.evals.steering",
     "tuned": "reptune_jax.evals.tuned",
     "dial": "reptune_jax.evals.dial",
+    "capability": "reptune_jax.evals.capability",
     "recipe": "reptune_jax.recipe",
     "convert": "reptune_jax.convert",
     "report": "reptune_jax.report",

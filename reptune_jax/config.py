@@ -28,6 +28,12 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 TUNED_ARMS = ("token", "vector", "dual", "random", "preventative", "out")
 
+# Public tests of multiple choice that `evals.capability` knows.
+SUITES = (
+    "truthfulqa", "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa",
+    "mmlu",
+)  # fmt: skip
+
 MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: hold
 
 # What a key or section is. One that is not here is part of every result.
@@ -44,6 +50,11 @@ ROLES: dict[str, str] = {
     "steer": "measure",
     "dial.arms": "study",
     "dial.scales": "measure",
+    "suites.names": "study",
+    "suites.data": "study",
+    "suites.limit": "study",
+    "suites.arms": "study",
+    "suites.margin": "declared",
     "mesh": "passing",  # may change between two starts of one run
     "train.save_every": "passing",
     "train.save_minutes": "passing",
@@ -88,6 +99,7 @@ def default() -> ConfigDict:
     c.dial.arms = ()  # tuned arms; the arm `weights` is, whenever it is in study.arms
     c.dial.scales = (0.5, 1.0, 2.0)  # k, swept on the validation split
     c.eval = _eval()
+    c.suites = _suites()
     c.study = _study()
     c.search = _search()
     c.chat = _chat()
@@ -213,6 +225,17 @@ def _eval() -> ConfigDict:
     c.personas = 5  # system prompts tried on validation for the prompt arm
     c.new_tokens = 32
     c.batch = 32
+    return c
+
+
+def _suites() -> ConfigDict:
+    """What `python -m reptune_jax.evals.capability` asks, and of which arms."""
+    c = ConfigDict()
+    c.names = SUITES
+    c.data = ""  # a folder with the suites' files; "" = from the hub
+    c.limit = 0  # items of each suite at most, drawn with a fixed seed; 0 = all
+    c.arms = ("base", "prompt", "steer", "weights", "token", "dual", "random")
+    c.margin = 0.03  # loss of accuracy that still counts as none
     return c
 
 

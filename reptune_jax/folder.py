@@ -4,7 +4,8 @@
       config.json               whose it is, with versions, commit and device
       vector.safetensors        the behavior vector
       targets.jsonl             what the token loss learns from, where the model writes it
-      results/*.parquet         per-item results: baseline, steering, dial_<arm>
+      results/*.parquet         per-item results: baseline, steering, dial_<arm>,
+                                capability_<condition>
       dual+_s0/                 Run: arm, sign and seed
         config.json  vector*.safetensors  checkpoints/N/  metrics.jsonl  events.*  done.json
         results/tuned.parquet
@@ -154,6 +155,10 @@ class Study(_Folder):
     def dial(self, arm: str) -> Path:
         """The results of an arm's weights, scaled."""
         return self.path / "results" / f"dial_{arm}.parquet"
+
+    def capability(self, condition: str) -> Path:
+        """What the suites say of a condition."""
+        return self.path / "results" / f"capability_{condition}.parquet"
 
     def trial(self, name: str) -> "Study":
         """One combination of a search."""

@@ -117,6 +117,10 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "eval.personas": _AT_LEAST_ONE,
     "eval.new_tokens": _AT_LEAST_ONE,
     "eval.batch": _AT_LEAST_ONE,
+    "suites.names": configs.SUITES,
+    "suites.limit": _COUNT,
+    "suites.arms": tuple(arm for arm in configs.ARMS if arm != "bake"),  # which is `steer`
+    "suites.margin": Range(0, 1, above=True),
     "study.arms": tuple(configs.ARMS),
     "study.signs": (1, -1),
     "study.seeds": Range(0, _SEED),

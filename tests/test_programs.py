@@ -4,15 +4,18 @@ import collections
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reptune_jax import lm, study
-from reptune_jax.evals import arms
+from reptune_jax.evals import arms, capability, results
+from reptune_jax.report import markdown
+from reptune_jax.report.study import read
 from reptune_jax.vectors.steering_vector import SteeringVector
-from tests.support import tiny, tiny_behavior
+from tests.support import suites, tiny, tiny_behavior
 
 TUNED = ("token", "vector", "dual", "random", "out")
 NO_SIGN = ("out", -1)  # tuning out is the same for both signs, and runs once
@@ -160,3 +163,34 @@ def test_run_again_the_study_does_nothing(done, monkeypatch):
     before = files(folder)
     study.run(c, folder)
     assert files(folder) == before
+
+
+def test_the_suites_are_asked_of_every_condition_that_the_folder_has(
+    done, tmp_path, monkeypatch, capsys
+):
+    tiny_behavior.patch_neutral(monkeypatch)
+    c, folder = done
+    c = c.copy_and_resolve_references()
+    c.suites.data, c.suites.names = str(suites.write(tmp_path, times=2)), ("piqa",)
+    paths = capability.run(c, folder, lm.load(c.model, "float32"))
+    try:
+        rows = pd.concat([results.read(path) for path in paths])
+        rows = rows[rows.metric == "acc"].drop_duplicates(["arm", "sign", "seed"])
+        found = {(r.arm, r.sign): r for r in rows.itertuples()}
+        signed = ("prompt", "steer", "weights", "token", "dual", "random")
+        assert set(found) == {("base", 0)} | {(arm, sign) for arm in signed for sign in (1, -1)}
+        every = table(folder)
+        for arm in ("steer", "weights"):  # at the dose and scale that was tested
+            own = found[arm, 1]
+            assert (own.k, own.layer) in {
+                (r["k"], r["layer"])
+                for r in every
+                if (r["arm"], r["sign"], r["split"]) == (arm, 1, "test")
+            }
+        assert len({r.logp_pos for r in rows.itertuples()}) == len(rows)  # each its own model
+        page = markdown.render(read(folder))
+        assert "Accuracy on public suites" in page and "| dual + |" in page
+        assert "dual +" in capsys.readouterr().out
+    finally:
+        for path in paths:
+            path.unlink()

@@ -46,6 +46,13 @@ METRICS = {
     "stopped": Metric("whether an answer ends by itself within eval.new_tokens", "Stopped"),
     "rep4": Metric("repeated share of a generation's word 4-grams", "Repeated 4-grams"),
     "judge": Metric("the judge's score of a text labelled 1 (pos) or 0 (neg)", "Judge"),
+    "acc": Metric(
+        "a suite's right choice is the likeliest; of MC2, the right ones' share", "Accuracy"
+    ),
+    "acc_norm": Metric(
+        "acc by log-probability per character of the choice", "Accuracy, normalized"
+    ),
+    "chance": Metric("acc of who draws lots", "Chance"),
     "assent": Metric(
         "phrases of agreement and flattery against those of dissent, each counted once",
         "Assent in generated answers",

@@ -18,7 +18,7 @@ from reptune_jax.folder import Study
 from reptune_jax.reading import reading
 
 ARMS = tuple(config.ARMS)
-SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats")
+SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats", "suites")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,15 @@ RETENTION = _line("""
     declared margin of {margin:g} nats/token: below it non-inferior, above it inferior, else
     inconclusive.
 """)
+CAPABILITY = _line("""
+    Share of items whose right choice is the likeliest, by summed log-probability (a tie is wrong),
+    or per character of the choice; of truthfulqa_mc2 the probability of the true answers among all.
+    Δ: paired by item; bootstrap over items and seeds, no narrower than the score interval of as
+    many pairs that all agree. Retained: the interval excludes a loss of {margin:g} or more;
+    inferior: it excludes any smaller one; else undecided, and so where values are missing.
+    Uninformative: the untuned model is not shown to be above chance, so that there is nothing to
+    lose. Each line is a test of its own, not adjusted for their number.
+""")
 GUARDS = _line("""
     Generated answers on test: a behavior score bought with degenerate text shows here. Stopped:
     share that ended by themselves within eval.new_tokens.

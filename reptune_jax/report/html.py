@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 import markupsafe
 
+from reptune_jax.evals.suites import verdicts
 from reptune_jax.folder import write_whole
 from reptune_jax.report import about, outcomes, sections, style
 from reptune_jax.report.blocks import Plot
@@ -13,14 +14,14 @@ from reptune_jax.report.study import Study
 
 _SENTENCE = 60  # characters
 _KINDS = {
-    "good": {"dual ahead", "non-inferior", outcomes.MOVED},
+    "good": {"dual ahead", "non-inferior", verdicts.RETAINED, outcomes.MOVED},
     "bad": {
         "dual behind", "dual collapsed", "both collapsed", "inferior", outcomes.COLLAPSED,
         outcomes.WRONG_WAY,
     },
     "open": {
         "no difference shown", "rival collapsed", "inconclusive", outcomes.NO_EFFECT,
-        outcomes.NO_BETTER, outcomes.NOT_MEASURED,
+        outcomes.NO_BETTER, outcomes.NOT_MEASURED, verdicts.UNDECIDED, verdicts.UNINFORMATIVE,
     },
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from reptune_jax.evals.measures import Measure
-from reptune_jax.report import about, captions, claims, outcomes, plots, tables, texts
+from reptune_jax.report import about, capability, captions, claims, outcomes, plots, tables, texts
 from reptune_jax.report.blocks import Block, Cards, Lines, Plot
 from reptune_jax.report.study import Study
 
@@ -86,6 +86,7 @@ SECTIONS = (
     Section("family", "Comparisons", "Declared comparisons", _family),
     Section("claims", "Claims", "Discrimination and bias", _claims),
     Section("retention", "Retention", "What else changed", _retention),
+    Section("capability", "Capability", "Capability", capability.blocks),
     Section("tradeoff", "Trade-off", "Trade-off, dose and spread", _tradeoff),
     Section("training", "Training", "Training and manipulation check", _training),
     Section("texts", "Texts", "Generated texts", _texts),

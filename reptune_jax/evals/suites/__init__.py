@@ -1,0 +1,1 @@
+"""Public tests of multiple choice: readers, scores, verdicts."""

@@ -1,0 +1,148 @@
+"""The program on a tiny model: scores against a plain oracle, resuming, a broken model."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from reptune_jax import lm
+from reptune_jax.data import behavior as behaviors
+from reptune_jax.evals import arms, capability, results
+from reptune_jax.evals.arms import Condition
+from reptune_jax.evals.results import Row
+from reptune_jax.evals.suites import readers, scoring, verdicts
+from reptune_jax.folder import Study
+from tests.support import suites, tiny, tiny_behavior
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """(config, model) with every suite's files."""
+    folder = tmp_path_factory.mktemp("capability")
+    tiny_behavior.keep_programs(folder / "programs")
+    made = tiny.make_llama(folder / "model")
+    data = str(suites.write(folder / "data", times=2))
+    c = tiny_behavior.settings(made, tiny_behavior.write(folder), suites__data=data)
+    c.suites.arms = ("base",)
+    return c, lm.load(c.model, "float32")
+
+
+def oracle(model, pairs) -> list[float]:
+    """log p(choice | context) by a plain softmax in float64, from one padded batch."""
+    out, texts = [], [f"{context} {choice}" for context, choice in pairs]
+    encoded = [model.tokenizer(text, return_offsets_mapping=True) for text in texts]
+    tokens, mask = np.zeros((16, 160), int), np.zeros((16, 160), int)
+    for row, one in enumerate(encoded):
+        tokens[row, : len(one["input_ids"])], mask[row, : len(one["input_ids"])] = (
+            one["input_ids"],
+            1,
+        )
+    mask[len(encoded) :, 0] = 1
+    logits = np.asarray(model.forward(tokens, mask).logits_BxTxV, np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for row, (one, (context, _)) in enumerate(zip(encoded, pairs, strict=True)):
+        ids, ends = one["input_ids"], [end for _, end in one["offset_mapping"]]
+        start = next(i for i, end in enumerate(ends) if end > len(context))
+        out.append(sum(logp[row, i - 1, ids[i]] for i in range(start, len(ids))))
+    return out
+
+
+def test_scores_are_those_of_a_plain_softmax(there):
+    c, model = there
+    names = ("piqa", "winogrande", "mmlu", "truthfulqa")
+    questions = [readers.read(name, c.suites.data)[0] for name in names]
+    rows = scoring.rows(Condition(model, "base"), _labels(model), questions, 16)
+    found = {row.template: row for row in rows if row.metric == "acc"}
+    pairs = [pair for q in questions for pair in zip(q.contexts, q.choices, strict=True)]
+    logp = iter(oracle(model, pairs))
+    for question in questions:
+        each = [next(logp) for _ in question.choices]
+        (gold,) = question.gold
+        row, others = found[question.test], each[:gold] + each[gold + 1 :]
+        assert row.logp_pos == pytest.approx(each[gold], abs=1e-4)
+        assert row.logp_neg == pytest.approx(max(others), abs=1e-4)
+        assert row.value == float(each[gold] > max(others))
+
+
+def _labels(model) -> dict:
+    return {"behavior": "sentiment", **Condition(model, "base").labels}
+
+
+def test_a_persona_stands_before_the_question(there):
+    c, model = there
+    persona = arms.prompted(model, behaviors.load(c.behavior).select(format="persona")[0], 1)
+    question = readers.read("piqa", c.suites.data)[0]
+    rows = scoring.rows(persona, {"behavior": "sentiment", **persona.labels}, [question], 4)
+    context = f"You are wonderful.\n\n{question.contexts[0]}"
+    (logp,) = oracle(model, [(context, "use a knife")])
+    assert rows[0].logp_pos == pytest.approx(logp, abs=1e-4)
+
+
+def test_a_text_beyond_the_context_keeps_its_end(there):
+    c, model = there
+    short = dataclasses.replace(model, config={**model.config, "max_position_embeddings": 24})
+    question = readers.read("arc_easy", c.suites.data)[0]
+    rows = scoring.rows(Condition(short, "base"), _labels(short), [question], 4)
+    long = question.contexts[2] + " salt"
+    ids = model.tokenizer(long)["input_ids"]
+    assert len(ids) > 24 == short.context
+    (kept,) = oracle(model, [(model.tokenizer.decode(ids[-24:])[: -len(" salt")], "salt")])
+    assert rows[0].logp_pos == pytest.approx(kept, abs=1e-4)
+
+
+def test_what_is_there_is_not_measured_again(there, tmp_path, monkeypatch, capsys):
+    c, model = there
+    c, seen = c.copy_and_resolve_references(), []
+
+    def made_up(cond, labels, questions, batch):
+        seen.append(sorted({q.test for q in questions}))
+        at = {"split": "suites", "metric": "acc", "value": 1.0}
+        ids = [{"template": q.test, "item_id": q.id, "cluster": q.id} for q in questions]
+        return [Row(**labels, **at, **one) for one in ids]
+
+    monkeypatch.setattr(scoring, "rows", made_up)
+    c.suites.names = ("piqa",)
+    (path,) = capability.run(c, tmp_path, model)
+    first = path.read_bytes()
+    assert path == Study(tmp_path).capability("base") and "piqa   base" in capsys.readouterr().out
+    capability.run(c, tmp_path, model)
+    assert seen == [["piqa"]] and path.read_bytes() == first
+    c.suites.names = ("arc_easy", "piqa")  # one more: only that is asked
+    capability.run(c, tmp_path, model)
+    assert seen[1:] == [["arc_easy"]]
+    assert results.read(path).groupby("template").item_id.nunique().tolist() == [2, 2]
+    c.suites.limit = 1  # other items: asked anew, and instead of those
+    capability.run(c, tmp_path, model)
+    assert seen[2:] == [["arc_easy", "piqa"]]
+    assert results.read(path).groupby("template").item_id.nunique().tolist() == [1, 1]
+
+
+def test_a_broken_model_is_inferior_and_no_suites_are_an_error(there, tmp_path):
+    """Of questions whose right choice is what the tiny model says, the broken one gets few."""
+    c, model = there
+    words = ["snow", "sand", "salt", "soup", "rain", "milk"]
+    asked = [
+        readers.Question("made", (f"{a} {b}",) * 4, tuple(words[:4]), frozenset([0]), a + b)
+        for a in "abcdefghij" for b in words
+    ]  # fmt: skip
+    base = Condition(model, "base")
+    texts = [(q.contexts[0], f" {choice}") for q in asked for choice in q.choices]
+    best = np.reshape([logp for logp, _ in model.loglikelihood(texts)], (-1, 4)).argmax(1)
+    known = [q._replace(gold=frozenset([int(i)])) for q, i in zip(asked, best, strict=True)]
+    noise = jax.random.normal(jax.random.key(0), model.params["final_norm"]["scale"].shape)
+    broken = model.params | {"final_norm": {"scale": noise}}
+    tuned = Condition(dataclasses.replace(model, params=broken), "dual", 1)
+    rows = [
+        row
+        for cond in (base, tuned)
+        for row in scoring.rows(cond, {"behavior": "b", **cond.labels}, known, 32)
+    ]
+    found = verdicts.frame(pd.DataFrame(map(dataclasses.asdict, rows)), 0.03).set_index("arm")
+    assert found.acc["base"].estimate == 1.0 and found.acc["dual"].estimate < 0.9
+    assert found.verdict["dual"] == "inferior"
+    c = c.copy_and_resolve_references()
+    c.suites.names = ()
+    with pytest.raises(ValueError, match=r"suites\.names: got none"):
+        capability.run(c, tmp_path, model)

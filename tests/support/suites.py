@@ -1,0 +1,62 @@
+"""Made-up rows in the shapes of the suites' files."""
+
+import json
+from pathlib import Path
+
+_ABCD = ["A", "B", "C", "D"]
+
+
+def _lettered(answer: str) -> dict:
+    return {
+        "choices": {"text": ["snow", "sand", "salt", "soup"], "label": _ABCD},
+        "answerKey": answer,
+    }
+
+
+ROWS: dict[str, dict] = {
+    "truthfulqa/mc_task.json": {
+        "question": "What is rain made of?",
+        "mc1_targets": {"Rain is water.": 1, "Rain is milk.": 0, "Rain is glass.": 0},
+        "mc2_targets": {"Rain is water.": 1, "Water.": 1, "Rain is milk.": 0, "Rain is glass.": 0},
+    },
+    "choice/ai2_arc_ARC-Easy.validation.jsonl": {"question": "What is white?", **_lettered("C")},
+    "choice/ai2_arc_ARC-Challenge.validation.jsonl": {"question": "What melts?", **_lettered("A")},
+    "choice/hellaswag.validation.jsonl": {
+        "activity_label": "Baking",
+        "ctx_a": "[header] How to bake [title] Mix the dough.",
+        "ctx_b": "she",
+        "endings": ["[step] bakes  it.", "sings.", "swims.", "flies."],
+        "label": "0",
+    },
+    "choice/piqa.validation.jsonl": {
+        "goal": "cut bread", "sol1": "use a spoon", "sol2": "use a knife", "label": 1,
+    },
+    "choice/winogrande_xl.validation.jsonl": {
+        "sentence": "The cup did not fit the box as the _ was too large.",
+        "option1": "cup", "option2": "box", "answer": "1",
+    },
+    "choice/openbookqa.validation.jsonl": {"question_stem": "Ice is frozen", **_lettered("D")},
+    "mmlu/test.jsonl": {
+        "subject": "high_school_physics", "question": " What falls? ",
+        "choices": ["apples", "moods", "hints", "songs"], "answer": 0,
+    },
+}  # fmt: skip
+
+
+def write(folder: Path, times: int = 1) -> Path:
+    """Each suite's file with its row so many times, a little changed."""
+    for name, row in ROWS.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = next(
+            key
+            for key in ("question", "activity_label", "goal", "sentence", "question_stem")
+            if key in row
+        )
+        rows = [{**row, text: f"{row[text]}{f' ({i})' if i else ''}"} for i in range(times)]
+        path.write_text(
+            json.dumps(rows, indent=1)
+            if path.suffix == ".json"
+            else "".join(json.dumps(one) + "\n" for one in rows)
+        )
+    return folder
