@@ -214,14 +214,14 @@ def test_measuring_reports_each_losss_own_gradient_and_changes_nothing(model):
     moved = {k: 1.1 * v for k, v in case.state.trained.items()}  # else the KL has no gradient
     case.state = case.state.replace(trained=moved)
     batch = tuning_case.batch(model, R=4)
-    each = [grads_of(case, batch, row)[0] for row in np.eye(6, dtype=np.float32)[:3]]
+    each = [grads_of(case, batch, row)[0] for row in np.eye(7, dtype=np.float32)[:3]]
     step = steps.make_step(case.decoder, case.train)
     copy = jax.tree.map(jnp.copy, case.state)
     measured, metrics = step(case.state, case.objective, batch, YES)
     unmeasured, quiet = step(copy, case.objective, batch, NO)
     norms = [float(optax.global_norm(g)) for g in each]
     assert min(norms) > 1e-3
-    np.testing.assert_allclose(metrics["norm_J"], [*norms, 0, 0, 0], rtol=1e-4)
+    np.testing.assert_allclose(metrics["norm_J"], [*norms, 0, 0, 0, 0], rtol=1e-4)
     dot = sum(float(jnp.vdot(each[0][k], each[1][k])) for k in each[0])
     assert float(metrics["conflict"]) == pytest.approx(dot / norms[0] / norms[1], abs=1e-4)
     assert (np.asarray(quiet["norm_J"]) == 0).all()
