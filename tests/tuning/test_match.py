@@ -6,14 +6,16 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from reptune_jax import config, lm, train
+from reptune_jax import lm
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data.batches import Batch
 from reptune_jax.data.tuning import Answer
 from reptune_jax.folder import Study
-from reptune_jax.tuning import base_cache, corpus, partition
+from reptune_jax.model import padding
+from reptune_jax.tuning import base_cache, corpus
 from reptune_jax.tuning import objective as objectives
 from reptune_jax.tuning import step as steps
 from reptune_jax.vectors import extraction
@@ -56,26 +58,22 @@ def said(model, behavior):
     ]
 
 
-def settings(model, behavior, goal, **changes):
-    changes = {"loss__goal": goal, "loss__match": 2.0, "loss__cosine": 0.0} | changes
-    return tiny_behavior.settings(model.name, behavior, **changes)
-
-
 def stream(model, prompt, answer):
-    """[N, L, D] of an unpadded row, where its labels are predicted."""
+    """[N, L, D]: what every layer has where the answer is predicted."""
     ids = model.encode_prompt(prompt) + answer
-    out = model.forward(np.array([ids]), np.ones((1, len(ids)), int), capture=True)
+    tokens, mask = padding.pad([ids], model.pad_id, left=False, bucket=96)  # of one shape
+    out = model.forward(tokens, mask, capture=True)
     start = len(ids) - len(answer) - 1
     return np.asarray(out.residual_NxBxTxD, np.float64)[:, 0, start : start + len(answer)]
 
 
 @pytest.mark.parametrize("goal,sign", [("persona", -1), ("displaced", 1)])
 def test_the_loss_is_that_of_whole_forward_passes(goal, sign, model, behavior, said, tmp_path):
-    changes = {"sign": sign, "train__layers": (2, 4), "loss__layers": (1, 4), "loss__dose": 0.5}
-    c = settings(model, behavior, goal, train__lora__rank=2 * (sign > 0), **changes)
+    layers = {"train__layers": (2, 4), "loss__layers": (1, 4)}
+    changes = {"sign": sign, "loss__goal": goal, "loss__match": 2.0, "loss__dose": 0.5}
+    c = tiny_behavior.settings(model.name, behavior, **layers, **changes)
     extraction.write_targets(Study(tmp_path).targets, said)
-    texts = corpus.make_corpus(c, tmp_path, model)
-    vector = tuning_case.vector(model)
+    texts, vector = corpus.make_corpus(c, tmp_path, model), tuning_case.vector(model)
     case = tuning_case.case(model, c, vector)
     found = base_cache.with_base_values(c, texts, model, case.decoder, case.objective)
     assert found.train.below_BxTxD is not None and found.train.under_BxT is None
@@ -86,13 +84,9 @@ def test_the_loss_is_that_of_whole_forward_passes(goal, sign, model, behavior, s
         path: leaf + 0.05 * jax.random.normal(jax.random.key(1), leaf.shape)
         for path, leaf in case.state.trained.items()
     }
-    about = partition.about(model.arch, c.train)
-    tuned = tuning_case.tuned(model, moved, c.train.layers, about)
-
-    each = []  # a number a label
-    answers = [a for a in said if a.split == "tune" and a.sign == sign]
+    tuned, each = tuning_case.tuned(model, moved, c.train.layers), []  # a number a label
     items = {i.id: i for i in behaviors.load(behavior).select("tune", "free")}
-    for b, answer in enumerate(answers):
+    for b, answer in enumerate(a for a in said if a.split == "tune" and a.sign == sign):
         asked = list(items[answer.item].messages)
         persona = {"role": "system", "content": f"You are {MOODS[b % 2, sign]}."}
         want = stream(model, [persona, *asked] if goal == "persona" else asked, answer.ids)[2:4]
@@ -104,46 +98,54 @@ def test_the_loss_is_that_of_whole_forward_passes(goal, sign, model, behavior, s
     assert np.std(each) > 0.01  # labels differ
 
     only = jnp.eye(len(objectives.LOSSES))[MATCH]
-    grads = []
-    for accumulate, batch in ((2, rows), (1, tokens)):
-        args = case.decoder, moved, case.objective, Batch(batch, None), only, accumulate
-        grad, (mean_J, _) = gradient(*args)
-        assert float(mean_J[MATCH]) == pytest.approx(np.mean(each), rel=1e-4)
-        grads.append(grad)
-    for path, g in grads[0].items():
+
+    def step(trained, task=case.objective, rows=rows, accumulate=2):
+        grads, (mean_J, _) = gradient(
+            case.decoder, trained, task, Batch(rows, None), only, accumulate
+        )
+        return grads, float(mean_J[MATCH])
+
+    grads, loss = step(moved)
+    assert loss == pytest.approx(np.mean(each), rel=1e-4)
+    uncached, again = step(moved, rows=tokens, accumulate=1)
+    assert again == pytest.approx(loss, rel=1e-4)
+    for path, g in grads.items():
         scale = float(jnp.abs(g).max())
         assert scale > 0
-        np.testing.assert_allclose(grads[1][path], g, rtol=1e-4, atol=1e-5 * scale)
+        np.testing.assert_allclose(uncached[path], g, rtol=1e-4, atol=1e-5 * scale)
+
+    nearer = moved
+    for _ in range(20):
+        size = 0.3 / float(optax.global_norm(grads))
+        nearer = {path: leaf - size * grads[path] for path, leaf in nearer.items()}
+        grads, now = step(nearer)
+    assert now < 0.8 * loss
+    if goal == "displaced":  # without a dose the base is where it should be
+        task = case.objective.replace(beyond_MxD=0 * case.objective.beyond_MxD)
+        grads, loss = step(case.state.trained, task)
+        assert loss < 1e-10
+        assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-5
 
 
-def test_no_dose_is_no_pull_and_layers_that_cannot_change_are_refused(model):
-    c = tuning_case.settings(loss__match=1.0, loss__goal="displaced", loss__dose=0.0)
-    case, rows = tuning_case.case(model, c), tuning_case.batch(model).examples
-    rows = base_cache.add_goals(rows, model, objectives.goal_layers(c), 4)
-    only = jnp.eye(len(objectives.LOSSES))[MATCH]
-    args = case.decoder, case.state.trained, case.objective, Batch(rows, None), only
-    grads, (mean_J, _) = gradient(*args, 1)
-    assert float(mean_J[MATCH]) < 1e-10
-    assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-5
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_claim_is_asked_under_the_first_persona_of_the_sign(sign, model):
+    whole = behaviors.load("honesty")
+    personas, claims = whole.select(format="persona"), whole.select("tune", "claim")[:2]
+    few = dataclasses.replace(whole, items=(*personas[::-1], *claims))
+    c = tuning_case.settings(sign=sign, loss__match=1.0, loss__position="last")
+    found = corpus._claim_examples(c, None, model, few, "tune")
+    of_sign = [p for p in personas if p.label == int(sign > 0)]
+    persona = min(of_sign, key=lambda p: p.cluster).messages[0]
+    assert len(found) == 4  # both orders
+    for example, claim in zip(found, [claims[0]] * 2 + [claims[1]] * 2, strict=True):
+        said = model.tokenizer.decode(example.under)
+        asked = model.tokenizer.decode(example.ids)
+        assert said == f"<|im_start|>system\n{persona['content']}<|im_end|>\n{asked}"
+        assert claim.messages[-1]["content"] in asked
+    c.loss.goal = "displaced"
+    assert not any(e.under for e in corpus._claim_examples(c, None, model, few, "tune"))
+
+
+def test_layers_that_cannot_change_are_refused(model):
     with pytest.raises(ValueError, match=r"loss.match: got 1 at loss.layers=\(0, 1\), expected"):
         tuning_case.case(model, tuning_case.settings(loss__match=1.0, loss__layers=(0, 1)))
-
-
-def test_a_run_comes_nearer(model, behavior, said, tmp_path, monkeypatch):
-    tiny_behavior.patch_neutral(monkeypatch)
-    study = Study(tmp_path)
-    c = settings(model, behavior, "persona", loss__token=0.0, loss__l2=0.1, train__steps=8)
-    c.arm, c.train.lr, c.train.measure_every = "match", 1e-2, 0
-    monkeypatch.setitem(config.ARMS, "match", config.ARMS["match"] | {"loss.match": 3.0})
-    extraction.run(c, study, lambda: model)
-    folder = train.run(c, tmp_path, model)
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["match_loss"] for row in found if "match_loss" in row]
-    nearer = [row["val/match_loss"] for row in found if "val/match_loss" in row]
-    assert losses[-1] < 0.7 * losses[0] and nearer[-1] < nearer[0]
-    assert all(
-        row["loss"]
-        == pytest.approx(3 * row["match_loss"] + 0.1 * row["l2_loss"] + 0.1 * row["ending_loss"])
-        for row in found
-        if "loss" in row
-    )

@@ -234,8 +234,10 @@ def logged(folder):
 
 def test_a_run_of_two_behaviors_end_to_end(model, behavior, second, tmp_path):
     c = also(model, behavior, second, cosine=20.0)
+    c.loss.match = 1.0
     folder = train.run(c, tmp_path / "study", model)
     first, *_, last = logged(folder)
+    assert 0.001 < first["match_loss"] != last["match_loss"] and "grad_norm/match" in first
     for name in ("token_loss", "cosine_loss", "cosine"):
         assert f"cheer/{name}" in first
     assert {"l2_loss", "own_loss", "grad_norm/l2", "grad_norm/cheer/cosine"} <= first.keys()
