@@ -24,9 +24,19 @@ ARMS: dict[str, dict[str, Any]] = {
     "dual": {},
     "random": {"vector.random": True},
     "preventative": {"loss.cosine": 0.0, "loss.steer": -1.0},  # what is learned makes up for it
+    # The residual stream is pulled to the base's: under the persona, or plus the vector …
+    "match": {"loss.cosine": 0.0, "loss.match": 8.0, "loss.goal": "persona"},
+    "displace": {"loss.cosine": 0.0, "loss.match": 8.0, "loss.goal": "displaced"},
+    "misplace": {  # … or plus a random direction: displace's control
+        "loss.cosine": 0.0,
+        "loss.match": 8.0,
+        "loss.goal": "displaced",
+        "vector.random": True,
+    },
     "out": {"loss.mode": "out", "loss.targets": "neutral"},
 }
-TUNED_ARMS = ("token", "vector", "dual", "random", "preventative", "out")
+TUNED_ARMS: tuple[str, ...] = ("token", "vector", "dual", "random", "preventative")
+TUNED_ARMS += ("match", "displace", "misplace", "out")
 
 # Public tests of multiple choice that `evals.capability` knows.
 SUITES = (
@@ -130,6 +140,9 @@ def _loss() -> ConfigDict:
     c.own = 0.0  # weight of the cross-entropy on the base's own answers to those chats
     c.steer = 0.0  # times the sign: dose of the vector in training, amid loss.layers
     c.ending = 0.1  # weight of the squared distance of log p(the answer ends) from the base's
+    c.match = 0.0  # weight of the relative squared distance from `goal` at labels, in loss.layers
+    c.goal = "persona"  # the base's residual under the sign's persona; displaced: + s dose v
+    c.dose = 1.0  # of the vector in goal displaced
     c.mode = "in"  # in: (1 - s cos)/2; out: |cos|; shift: (cos - (base cos + s shift))^2
     c.shift = 0.1  # of mode shift
     c.targets = "behavior"  # behavior: the sign's own; neutral: both signs, half each
@@ -137,7 +150,7 @@ def _loss() -> ConfigDict:
     c.position = "response"  # tokens whose cosine counts
     c.center = False  # cosine from the class mean instead of from zero
     c.anneal = ConfigDict()  # factor of each weight at the first and the last step, linear between
-    for name in ("token", "cosine", "retain", "l2", "own", "ending"):
+    for name in ("token", "cosine", "retain", "l2", "own", "ending", "match"):
         c.anneal[name] = (1.0, 1.0)
     c.also = ConfigDict()  # further behaviors of the same run: name -> also_behavior(folder)
     return c

@@ -200,7 +200,8 @@ def test_arms_differ_by_their_settings_only():
         c = settings(arm=arm)
         armed = config._flatten(config.armed(c).to_dict())
         plain = config._flatten(c.to_dict())
-        assert {k: v for k, v in armed.items() if plain[k] != v} == changes
+        assert {k: armed[k] for k in changes} == changes
+        assert {k for k, v in armed.items() if plain[k] != v} <= changes.keys()
         assert c == settings(arm=arm)
     assert set(config.TUNED_ARMS) < set(config.ARMS)
 

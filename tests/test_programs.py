@@ -23,7 +23,7 @@ NO_SIGN = ("out", -1)  # tuning out is the same for both signs, and runs once
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(config, folder) of a study of every arm but `preventative`, another program to compile."""
+    """(config, folder) of a study of every arm but those that are other programs to compile."""
     with pytest.MonkeyPatch.context() as patch:
         tiny_behavior.patch_neutral(patch)
         tiny_behavior.keep_programs(tmp_path_factory.mktemp("programs"))

@@ -1,10 +1,13 @@
 """Examples to batches. A batch is a function of (seed, step): nothing to save, nothing to skip."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import numpy as np
+
+from reptune_jax.model import padding
 
 Array = Any  # numpy on the host, jax.Array within a step
 
@@ -16,6 +19,7 @@ class Example(NamedTuple):
     at: list[int]  # positions whose next token is a label
     targets: list[list[tuple[int, float]]]  # per label: candidate tokens with their shares
     cosine: tuple[int, int]  # [start, stop) tokens
+    under: Sequence[int] = ()  # the text with a persona's prompt instead: it ends as `ids` do
 
 
 @flax.struct.dataclass
@@ -32,6 +36,9 @@ class Examples:
     base_BxNxT: Array | None = None  # the base model's cosines, where a step refers to them
     ending_BxL: Array | None = None  # log p(the answer ends here) of the base model
     goes_on_BxL: Array | None = None  # weight of the labels that are no ending
+    under_BxT: Array | None = None  # the texts under their personas, of another T …
+    under_mask_BxT: Array | None = None  # … until `goal` is read from them
+    goal_BxMxLxD: Array | None = None  # output of M layers at labels that a loss pulls to
     below_BxTxD: Array | None = None  # what enters the lowest trained layer, where it is known
     below_cosine_BxMxT: Array | None = None  # and the cosines of the M layers below
 
@@ -88,6 +95,9 @@ def stack_examples(
         for i, candidates in enumerate(e.targets):
             for c, (token, share) in enumerate(candidates):
                 out.target_BxLxC[b, i, c], out.weight_BxLxC[b, i, c] = token, share
+    if any(e.under for e in examples):
+        tokens, mask = padding.pad([e.under or e.ids for e in examples], pad_id, left=False)
+        out = dataclasses.replace(out, under_BxT=tokens, under_mask_BxT=mask)
     return out
 
 

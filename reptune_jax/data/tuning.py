@@ -21,19 +21,27 @@ class Answer(NamedTuple):
     odds: float  # log p(ids | own persona) - log p(ids | opposite persona), per token
 
 
-def response_example(prompt: list[int], answer: list[int], cosine: tuple[int, int]) -> Example:
-    """A prompt without persona, continued by a persona's answer."""
+def response_example(
+    prompt: list[int], answer: list[int], cosine: tuple[int, int], under: Sequence[int] = ()
+) -> Example:
+    """A prompt without persona, continued by a persona's answer; `under`: the persona's prompt."""
     at = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    return Example(prompt + answer, at, [[(token, 1.0)] for token in answer], cosine)
+    whole = [*under, *answer] if under else ()
+    return Example(prompt + answer, at, [[(token, 1.0)] for token in answer], cosine, whole)
 
 
 def verdict_example(
-    prompt: list[int], right: int, wrong: int, cosine: tuple[int, int], neutral: bool
+    prompt: list[int],
+    right: int,
+    wrong: int,
+    cosine: tuple[int, int],
+    neutral: bool,
+    under: Sequence[int] = (),
 ) -> Example:
     """A question whose label is one token; `neutral` shares it between both candidates."""
     shares = _NEUTRAL_SHARE if neutral else 1.0
     targets = [(right, shares)] + ([(wrong, shares)] if neutral else [])
-    return Example(prompt, [len(prompt) - 1], [targets], cosine)
+    return Example(prompt, [len(prompt) - 1], [targets], cosine, under)
 
 
 def unlabeled(example: Example) -> Example:

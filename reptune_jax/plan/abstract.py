@@ -18,7 +18,7 @@ from reptune_jax.model.arch import Arch
 from reptune_jax.model.transformer import Decoder, whole
 from reptune_jax.tuning import partition
 from reptune_jax.tuning import step as steps
-from reptune_jax.tuning.objective import make_objective, needs_anchors
+from reptune_jax.tuning.objective import goal_layers, make_objective, needs_anchors
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
@@ -86,6 +86,9 @@ def batch(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> 
         base_BxNxT=rows(B, arch.N, T, dtype=f32) if needs_anchors(c) else None,
         ending_BxL=rows(B, L, dtype=f32) if c.loss.ending else None,
         goes_on_BxL=rows(B, L, dtype=f32) if c.loss.ending else None,
+        goal_BxMxLxD=rows(B, len(range(*goal_layers(c))), L, arch.D, dtype=dtype)
+        if c.loss.match
+        else None,
     )
     if not retains(c):
         return Batch(examples, None)

@@ -19,7 +19,10 @@ from reptune_jax.report.blocks import Table, interval, number, percent
 from reptune_jax.report.study import BASE, Setting, Study
 
 # Of dual, in the declared comparisons.
-RIVALS = ("base", "prompt", "steer", "token", "random", "weights", "preventative")
+RIVALS: tuple[str, ...] = ("base", "prompt", "steer", "token", "random", "weights", "preventative")
+RIVALS += ("match", "displace")
+# The same run with a random direction.
+CONTROLS = {"dual": "random", "vector": "random", "displace": "misplace"}
 
 MOVED = "moved as asked"
 NO_BETTER = "not shown better than random"
@@ -62,8 +65,9 @@ def _outcome(study: Study, setting: Setting, split: str) -> Outcome:
         return Outcome(NO_EFFECT, why)
     if found.estimate * setting.sign < 0:
         return Outcome(WRONG_WAY, why)
-    random = study.pick("random", setting.sign, split)
-    if setting.arm not in ("dual", "vector") or random is None:
+    control = CONTROLS.get(setting.arm)
+    random = control and study.pick(control, setting.sign, split)
+    if not random:
         return Outcome(MOVED, why)
     paired = study.delta(setting, random, measure, split)
     lead = studies.interval(paired.assign(delta=paired.delta * setting.sign))

@@ -1,7 +1,7 @@
 """What the untuned model computes at a run's examples, once instead of in every step.
 
-Its cosines and how likely an answer ends, for losses that hold to them or shift from them; and
-what enters the lowest trained layer, since nothing below it changes: steps then begin there.
+Its cosines, residuals and how likely an answer ends, for losses that refer to them; and what enters
+the lowest trained layer, since nothing below it changes: steps then begin there.
 """
 
 import collections
@@ -22,7 +22,7 @@ from reptune_jax.model.intervene import Probe
 from reptune_jax.model.read import read_at_once
 from reptune_jax.model.transformer import Decoder
 from reptune_jax.tuning.corpus import Corpus
-from reptune_jax.tuning.objective import Objective, needs_anchors
+from reptune_jax.tuning.objective import Objective, goal_layers, needs_anchors
 
 # Of the runs of a study, which share examples; the oldest go when there is no room.
 _known: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
@@ -39,6 +39,9 @@ def with_base_values(
         corpus = corpus._replace(train=train, val=val)
     if c.loss.ending and model.stop_ids:
         train, val = (add_endings(x, model, B) for x in (corpus.train, corpus.val))
+        corpus = corpus._replace(train=train, val=val)
+    if c.loss.match:
+        train, val = (add_goals(x, model, goal_layers(c), B) for x in (corpus.train, corpus.val))
         corpus = corpus._replace(train=train, val=val)
     sides = {k: getattr(corpus, k) for k in ("train", "val", "retention", "retention_val")}
     sides = {name: side for name, side in sides.items() if side is not None}
@@ -84,6 +87,30 @@ def add_endings(examples: Examples, model: Model, batch: int) -> Examples:
     ends_BxL = (np.isin(examples.target_BxLxC, stop_S) & (examples.weight_BxLxC > 0)).any(-1)
     goes_on_BxL = examples.weight_BxLxC.sum(-1) * ~ends_BxL
     return dataclasses.replace(examples, ending_BxL=_endings[key], goes_on_BxL=goes_on_BxL)
+
+
+def add_goals(examples: Examples, model: Model, layers: tuple[int, int], batch: int) -> Examples:
+    """The examples with the untuned model's output of blocks [first, stop) at every label.
+
+    Of the text under its persona where there is one: the answer is the same there, so a label's
+    place counts from the end.
+    """
+    rows, at_BxL = (examples.tokens_BxT, examples.mask_BxT), examples.at_BxL
+    if examples.under_BxT is not None and examples.under_mask_BxT is not None:
+        rows = examples.under_BxT, examples.under_mask_BxT
+        later_B = examples.under_mask_BxT.sum(1) - examples.mask_BxT.sum(1)
+        at_BxL = np.maximum(at_BxL + later_B[:, None], 0)  # padding, behind a shorter prompt
+
+    def residuals(tokens_BxT: Any, mask_BxT: Any, at_BxL: Any) -> Any:
+        read_BxPxT = jax.nn.one_hot(at_BxL, tokens_BxT.shape[1])
+        asked = {"read_BxPxT": read_BxPxT, "hidden": False}
+        found = read_at_once(model.decoder, model.params, tokens_BxT, mask_BxT, **asked)
+        # In the stream's own type: nothing is lost, and all rows are kept.
+        return found.mean_NxBxPxD[slice(*layers)].swapaxes(0, 1).astype(model.dtype)
+
+    goal = model.in_batches(residuals, (*rows, at_BxL), batch)
+    without = {"under_BxT": None, "under_mask_BxT": None}
+    return dataclasses.replace(examples, goal_BxMxLxD=goal, **without)
 
 
 def below_gib(model: Model, first: int, *sides: Examples | Retention) -> float:

@@ -23,7 +23,7 @@ from reptune_jax.data.batches import (
     stack_examples,
 )
 from reptune_jax.data.behavior import Behavior
-from reptune_jax.data.contrast import claim_prompts
+from reptune_jax.data.contrast import claim_prompts, fold_system, matched_personas, with_system
 from reptune_jax.data.tuning import Answer
 from reptune_jax.folder import Study, read_config
 from reptune_jax.hub import templates
@@ -31,7 +31,7 @@ from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.lm import Model
 from reptune_jax.tuning import retention
 from reptune_jax.vectors import extraction
-from reptune_jax.vectors.answers import SIGNS
+from reptune_jax.vectors.answers import SIGNS, persona_prompts
 
 _BUCKET = 16
 _retention: dict[tuple, Retention] = {}
@@ -123,7 +123,7 @@ def _also(c: ConfigDict, one: ConfigDict) -> tuple[ConfigDict, Study]:
     own = c.copy_and_resolve_references()
     there = read_config(study)
     own.behavior, own.sign = there["behavior"], one.sign
-    own.loss.position, own.loss.mode = one.position, one.mode
+    own.loss.position, own.loss.mode, own.loss.match = one.position, one.mode, 0.0
     own.targets.prompts, own.eval.val_prompts = (
         there["targets"]["prompts"],
         there["eval"]["val_prompts"],
@@ -173,11 +173,17 @@ def _free_examples(
     if c.loss.targets == "neutral":
         answers = examples.balanced(answers)
     prompts = {i.id: model.encode_prompt(list(i.messages)) for i in behavior.select(split)}
+    under: dict[tuple[str, int], list[int]] = {}
+    if _matches_persona(c):
+        asked = extraction.asked(c, behavior, split)  # as the answers were written
+        for sign, each in persona_prompts(model, behavior.items, asked).items():
+            under |= {(i.id, sign): ids for i, ids in zip(asked, each, strict=True)}
     out = []
     for answer in answers:
         prompt = prompts[answer.item]
         span = positions.span(model.tokenizer, prompt + answer.ids, len(prompt), c.loss.position)
-        out.append(examples.response_example(prompt, answer.ids, span))
+        persona = under.get((answer.item, answer.sign), ())
+        out.append(examples.response_example(prompt, answer.ids, span, persona))
     return out
 
 
@@ -199,8 +205,12 @@ def _answers(c: ConfigDict, study: Study, behavior: Behavior, split: str) -> lis
 def _claim_examples(
     c: ConfigDict, study: Study, model: Model, behavior: Behavior, split: str
 ) -> list[Example]:
-    """Questions about claims, answered rightly (sign +) or wrongly (sign -), or half each."""
-    out = []
+    """Questions about claims, answered rightly (sign +) or wrongly (sign -), or half each.
+
+    The persona of the loss `match` is the sign's in the first cluster by name, which is also the
+    first that the vector was read under; the arm `prompt` chooses its own.
+    """
+    out, persona = [], matched_personas(behavior.items)[0][c.sign < 0]
     for template in c.train.templates:
         for contrast in claim_prompts(behavior.select(split, "claim"), template):
             text = templates.chat_text(model.tokenizer, contrast.messages)
@@ -211,8 +221,16 @@ def _claim_examples(
             span = positions.span(model.tokenizer, ids, len(ids), c.loss.position)
             label, other = (right, wrong) if c.sign > 0 else (wrong, right)
             neutral = c.loss.targets == "neutral"
-            out.append(examples.verdict_example(ids, label, other, span, neutral))
+            under: list[int] = []
+            if _matches_persona(c):
+                turns = with_system(persona, contrast.messages)
+                under = model.encode_prompt(fold_system(model.tokenizer, turns))
+            out.append(examples.verdict_example(ids, label, other, span, neutral, under))
     return out
+
+
+def _matches_persona(c: ConfigDict) -> bool:
+    return bool(c.loss.match) and c.loss.goal == "persona"
 
 
 def _retention_of(c: ConfigDict, model: Model, split: str, T: int) -> Retention:

@@ -2,9 +2,10 @@
 
 Token loss: cross-entropy at label positions. Cosine loss: paper section 3, tune in (1 - s cos)/2,
 tune out |cos|; beyond the paper, held at (or shifted from) the base model's cosine. Ending loss:
-how likely an answer ends, held at the base's where it goes on. Retention, on text that has nothing
-to do with the behavior: KL(base || tuned), the distance of residuals from the base's,
-cross-entropy on the base's own answers.
+how likely an answer ends, held at the base's where it goes on. Match: the distance of residuals
+from the base's under a persona, or from the base's plus a dose of the vector. Retention, on text
+that has nothing to do with the behavior: KL(base || tuned), the distance of residuals from the
+base's, cross-entropy on the base's own answers.
 """
 
 from typing import NamedTuple
@@ -106,13 +107,13 @@ def retention_loss(
     return Sum(jnp.sum(kl_RxL * weight_RxL, 1), jnp.sum(weight_RxL, 1))
 
 
-def residual_loss(read_MxRxLxD: jax.Array, base_RxMxLxD: jax.Array, weight_RxL: jax.Array) -> Sum:
-    """|h - h_base|^2 / |h_base|^2 at the chosen tokens, mean over the M layers.
+def residual_loss(read_MxRxLxD: jax.Array, goal_RxMxLxD: jax.Array, weight_RxL: jax.Array) -> Sum:
+    """|h - goal|^2 / |goal|^2 at the chosen tokens, mean over the M layers; often the base's h.
 
     Relative, because a residual of a late layer is tens of times as long as one of an early layer.
     (Circuit breakers, arXiv 2406.04313, hold |h - h_base|.)
     """
-    base = jnp.swapaxes(base_RxMxLxD, 0, 1).astype(jnp.float32)
-    apart_MxRxL = jnp.sum((read_MxRxLxD - base) ** 2, -1)
-    each_RxL = jnp.mean(apart_MxRxL / (jnp.sum(base**2, -1) + _EPS), 0)
+    goal = jnp.swapaxes(goal_RxMxLxD, 0, 1).astype(jnp.float32)
+    apart_MxRxL = jnp.sum((read_MxRxLxD - goal) ** 2, -1)
+    each_RxL = jnp.mean(apart_MxRxL / (jnp.sum(goal**2, -1) + _EPS), 0)
     return Sum(jnp.sum(each_RxL * weight_RxL, 1), jnp.sum(weight_RxL, 1))

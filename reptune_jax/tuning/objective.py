@@ -31,7 +31,8 @@ from reptune_jax.vectors.steering_vector import SteeringVector
 _ANCHORED = ("shift", "hold")  # modes that refer to the base model's cosines
 
 _NONE = 1e-6  # instead of a count of zero
-LOSSES = ("token", "cosine", "retain", "l2", "own", "ending")  # the order of every [J] array here …
+# The order of every [J] array here …
+LOSSES = ("token", "cosine", "retain", "l2", "own", "ending", "match")
 
 
 def loss_names(others: Iterable[str] = ()) -> tuple[str, ...]:
@@ -51,6 +52,8 @@ class Objective:
     stop_S: jax.Array  # the tokens that end an answer
     scale: jax.Array | float = 1.0  # of adapters
     push_NxD: jax.Array | None = None  # added to the examples' residual stream, and not to others'
+    beyond_MxD: jax.Array | None = None  # added to the examples' `goal`; zero where that is all
+    goal_layer: int = flax.struct.field(pytree_node=False, default=0)  # the first of those M
 
     def placed(self, mesh: Mesh | None) -> "Objective":
         """The same on every device, but for the frozen weights, which lie there already."""
@@ -85,6 +88,8 @@ def make_objective(
         jnp.array(stop_ids, jnp.int32),
         jnp.float32(partition.scale(c.train.lora)),
         push(c, vector),
+        beyond(c, vector),
+        goal_layers(c)[0] if c.loss.match else 0,
     )
 
 
@@ -107,6 +112,33 @@ def push(c: ConfigDict, vector: SteeringVector) -> jax.Array | None:
             f"{c.train.layers[0]}. Raise loss.layers."
         )
     return jnp.asarray((vector.at([layer]) * (c.sign * c.loss.steer)).dose_NxD)
+
+
+def goal_layers(c: ConfigDict) -> tuple[int, int]:
+    """[first, stop) layers of the loss `match`: those of `loss.layers` that training can change.
+
+    Raises:
+      ValueError: there is none.
+    """
+    (first, stop), trained = c.loss.layers, c.train.layers[0]
+    if stop <= trained:
+        raise ValueError(
+            f"loss.match: got {c.loss.match:g} at loss.layers={tuple(c.loss.layers)}, expected "
+            f"some from the first trained layer on, {trained}. Raise loss.layers."
+        )
+    return max(first, trained), stop
+
+
+def beyond(c: ConfigDict, vector: SteeringVector) -> jax.Array | None:
+    """[M, D]: how far the goal of the loss `match` is from what the base model computes.
+
+    Raises:
+      ValueError: no layer of `loss.layers` can change.
+    """
+    if not c.loss.match:
+        return None
+    scale = c.sign * c.loss.dose * (c.loss.goal == "displaced")
+    return jnp.asarray(vector.dose_NxD[slice(*goal_layers(c))] * np.float32(scale))
 
 
 def cosine_spec(c: ConfigDict, N: int) -> CosineLoss:
@@ -163,9 +195,16 @@ def sums(
     token = losses.token_loss(at_label, b.target_BxLxC, b.weight_BxLxC)
     cosine = losses.cosine_loss(cosine_NxBxT, b.cosine_BxT, objective.cosine, b.of_B, b.base_BxNxT)
     nothing = losses.Sum(jnp.zeros(1), jnp.zeros(1))
-    kl, l2, own, ending = nothing, nothing, nothing, nothing
+    kl, l2, own, ending, match = (nothing,) * 5
     if b.ending_BxL is not None and b.goes_on_BxL is not None:
         ending = losses.ending_loss(at_label, b.ending_BxL, b.goes_on_BxL, objective.stop_S)
+    if b.goal_BxMxLxD is not None and objective.beyond_MxD is not None:
+        assert found.mean_NxBxPxD is not None
+        M, L = b.goal_BxMxLxD.shape[1:3]
+        at = objective.goal_layer - (decoder.arch.N - len(found.mean_NxBxPxD))
+        read_MxBxLxD = found.mean_NxBxPxD[at : at + M, :B, :L]
+        goal_BxMxLxD = b.goal_BxMxLxD.astype(jnp.float32) + objective.beyond_MxD[:, None]
+        match = losses.residual_loss(read_MxBxLxD, goal_BxMxLxD, match_weight(b))
     if kept is not None:
         at_kept = logits(losses.take(found.hidden_BxTxD[B:], kept.at_BxL))
         # The base's distribution is rebuilt from its final hidden states, which are smaller.
@@ -173,15 +212,20 @@ def sums(
         own = losses.token_loss(at_kept, kept.next_BxL[..., None], kept.own_BxL[..., None])
         if kept.residual_BxMxLxD is not None and found.mean_NxBxPxD is not None:
             above = dict(decoder.segments).get("above", 0)
-            M, ran = kept.residual_BxMxLxD.shape[1], len(found.mean_NxBxPxD)
-            read_MxRxLxD = found.mean_NxBxPxD[ran - above - M : ran - above, B:]
+            (M, L), ran = kept.residual_BxMxLxD.shape[1:3], len(found.mean_NxBxPxD)
+            read_MxRxLxD = found.mean_NxBxPxD[ran - above - M : ran - above, B:, :L]
             l2 = losses.residual_loss(read_MxRxLxD, kept.residual_BxMxLxD, kept.weight_BxL)
     each = [s.by_behavior(b.of_B, K) for s in (token, cosine)]
-    whole = [s.over_rows() for s in (kl, l2, own, ending)]
+    whole = [s.over_rows() for s in (kl, l2, own, ending, match)]
     held = losses.Sum(jnp.stack([w.total for w in whole]), jnp.stack([w.n for w in whole]))
     # Of examples or of retention text: what is summed over never mixes the two.
     total_J, n_J = (_in_order(*parts) for parts in zip(*each, held, strict=True))
     return losses.Sum(total_J, n_J), cosine_NxBxT
+
+
+def match_weight(examples: Examples) -> jax.Array:
+    """[B, L]: the main behavior's labels, whose residuals the loss `match` compares."""
+    return examples.weight_BxLxC.sum(-1) * (examples.of_B == 0)[:, None]
 
 
 def cosine_sums(cosine_NxBxT: jax.Array, examples: Examples, K: int) -> jax.Array:
@@ -193,17 +237,17 @@ def cosine_sums(cosine_NxBxT: jax.Array, examples: Examples, K: int) -> jax.Arra
 def _inputs(objective: Objective, batch: Batch) -> dict[str, Any]:
     """What the decoder takes: all rows, each row's direction, and which residuals are read."""
     probe, b, kept = objective.probe, batch.examples, batch.retention
-    tokens, mask, of, read_BxPxT = b.tokens_BxT, b.mask_BxT, b.of_B, None
-    below = b.below_BxTxD
+    tokens, mask, of, below = b.tokens_BxT, b.mask_BxT, b.of_B, b.below_BxTxD
+    at = [b.at_BxL[:, : 0 if b.goal_BxMxLxD is None else None]]
     if kept is not None:
         tokens = jnp.concatenate([tokens, kept.tokens_BxT])
         mask = jnp.concatenate([mask, kept.mask_BxT])
         if below is not None and kept.below_BxTxD is not None:
             below = jnp.concatenate([below, kept.below_BxTxD])
         of = jnp.concatenate([of, jnp.zeros(kept.at_BxL.shape[0], of.dtype)])
-        if kept.residual_BxMxLxD is not None:
-            at_BxLxT = jax.nn.one_hot(kept.at_BxL, tokens.shape[1])
-            read_BxPxT = jnp.pad(at_BxLxT, ((b.of_B.shape[0], 0), (0, 0), (0, 0)))
+        at.append(kept.at_BxL[:, : 0 if kept.residual_BxMxLxD is None else None])
+    P = max(each.shape[1] for each in at)
+    at = [jnp.pad(a, ((0, 0), (0, P - a.shape[1])), constant_values=-1) for a in at]  # -1: nowhere
     steer = None
     if objective.push_NxD is not None:
         pushed_B = jnp.pad(b.of_B == 0, (0, len(tokens) - len(b.of_B))).astype(jnp.float32)
@@ -215,16 +259,16 @@ def _inputs(objective: Objective, batch: Batch) -> dict[str, Any]:
         "tokens_BxT": tokens,
         "mask_BxT": mask,
         "probe": jax.tree.map(lambda a: a[:, 0] if alone else a[:, of], probe),
-        "read_BxPxT": read_BxPxT,
+        "read_BxPxT": jax.nn.one_hot(jnp.concatenate(at), tokens.shape[1]) if P else None,
         "steer": steer,
         "enter": None if below is None else ("tuned", below),
     }
 
 
-def _in_order(token_K: jax.Array, cosine_K: jax.Array, held_4: jax.Array) -> jax.Array:
+def _in_order(token_K: jax.Array, cosine_K: jax.Array, held_5: jax.Array) -> jax.Array:
     """[J], as `loss_names` has it."""
     others = jnp.stack([token_K[1:], cosine_K[1:]], 1).reshape(-1)
-    return jnp.concatenate([token_K[:1], cosine_K[:1], held_4, others])
+    return jnp.concatenate([token_K[:1], cosine_K[:1], held_5, others])
 
 
 def counts(batch: Batch, K: int) -> tuple[jax.Array, jax.Array]:
@@ -235,12 +279,12 @@ def counts(batch: Batch, K: int) -> tuple[jax.Array, jax.Array]:
     b, kept = batch.examples, batch.retention
     of_KxB = (jnp.arange(K)[:, None] == b.of_B).astype(jnp.float32)
     token_K, cosine_K = of_KxB @ b.weight_BxLxC.sum((1, 2)), of_KxB @ b.cosine_BxT.sum(1)
-    held_4 = jnp.ones(4)
+    held_5 = jnp.ones(5).at[4].set(match_weight(b).sum())
     if kept is not None:
-        held_4 = held_4.at[:2].set(kept.weight_BxL.sum()).at[2].set(kept.own_BxL.sum())
+        held_5 = held_5.at[:2].set(kept.weight_BxL.sum()).at[2].set(kept.own_BxL.sum())
     if b.goes_on_BxL is not None:
-        held_4 = held_4.at[3].set(b.goes_on_BxL.sum())
-    n_J = _in_order(token_K, cosine_K, held_4)
+        held_5 = held_5.at[3].set(b.goes_on_BxL.sum())
+    n_J = _in_order(token_K, cosine_K, held_5)
     return jnp.maximum(n_J, _NONE), jnp.maximum(cosine_K, _NONE)
 
 

@@ -16,7 +16,7 @@ from reptune_jax.cost import flops
 from reptune_jax.evals import arms
 from reptune_jax.model import lora
 from reptune_jax.model.transformer import unembed, whole
-from reptune_jax.tuning import partition
+from reptune_jax.tuning import base_cache, partition
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.objective import make_objective
 from tests.support import lora_case, tiny, tiny_behavior, tuning_case
@@ -124,14 +124,17 @@ def test_steps_of_every_arm_move_adapters_and_nothing_else(model):
         programs.add(step)
         for seed in range(2):
             batch = tuning_case.batch(model, seed=seed, neutral=True)  # one shape for all
+            if c.loss.match:
+                goals = base_cache.add_goals(batch.examples, model, (1, 3), 4)
+                batch = batch.replace(examples=goals)
             state, _ = step(state, case.objective, batch, NO)
         assert set(state.trained) == {f"attn/{m}/{leaf}" for m in "vo" for leaf in (lora.A, lora.B)}
         for path, leaf in state.trained.items():
             assert leaf.dtype == jnp.float32 and (np.asarray(leaf) != start[path]).mean() > 0.9
         seen[arm] = np.asarray(state.trained["attn/v/lora_b"]).tobytes()
     assert len(set(seen.values())) == len(config.TUNED_ARMS)
-    # One for all, and one for `preventative`, which steers while it trains.
-    assert len(programs) == 1 and programs.pop()._cache_size() == 2
+    # One for all, one for `preventative`, which steers while it trains, one for those with goals.
+    assert len(programs) == 1 and programs.pop()._cache_size() == 3
     for path, leaf in flat(model.params).items():
         assert (np.asarray(leaf) == before[path]).all(), path
 

@@ -92,7 +92,9 @@ def test_retention_numbers_are_ratios_of_sums(read, page):
 def test_family_is_holm_adjusted_over_both_signs(read):
     frame = outcomes.family_frame(read, LOGODDS)
     assert [(r["sign"], r.rival.arm) for _, r in frame.iterrows()] == [
-        (s, rival) for s in (1, -1) for rival in outcomes.RIVALS if rival != "preventative"
+        (s, rival)
+        for s in (1, -1)
+        for rival in ("base", "prompt", "steer", "token", "random", "weights")
     ]
     np.testing.assert_allclose(frame.p_holm, stats.holm(frame.p))
     verdicts = dict(

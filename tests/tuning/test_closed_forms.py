@@ -85,17 +85,17 @@ def test_every_loss_is_annealed_as_its_config_says():
         loss__cosine=2.0,
         loss__ending=0.0,
     )
-    assert objective.loss_names(["x", "y"])[6:] == ("x/token", "x/cosine", "y/token", "y/cosine")
+    assert objective.loss_names(["x", "y"])[7:] == ("x/token", "x/cosine", "y/token", "y/cosine")
     each = [objective.weights_at(task, jnp.int32(i), 5).tolist() for i in (0, 2, 4)]
-    assert each[0] == [1, 0, 0, 0, 0, 0, 2, 4, 0, 0]
-    assert each[1] == [1, 3, 0, 0, 0, 0, 1, 2, 1, 1]
-    assert each[2] == [1, 6, 0, 0, 0, 0, 0, 0, 2, 2]
+    assert each[0] == [1, 0, 0, 0, 0, 0, 0, 2, 4, 0, 0]
+    assert each[1] == [1, 3, 0, 0, 0, 0, 0, 1, 2, 1, 1]
+    assert each[2] == [1, 6, 0, 0, 0, 0, 0, 0, 0, 2, 2]
     assert objective.weights_at(task, jnp.int32(0), 1).tolist() == each[0]  # a run of one step
 
 
 def test_the_losses_of_several_behaviors_stand_in_the_order_of_their_names():
-    got = objective._in_order(jnp.array([1, 3, 5]), jnp.array([2, 4, 6]), jnp.array([7, 8, 9, 10]))
-    assert got.tolist() == [1, 2, 7, 8, 9, 10, 3, 4, 5, 6]
+    got = objective._in_order(jnp.array([1, 3, 5]), jnp.array([2, 4, 6]), jnp.arange(7, 12))
+    assert got.tolist() == [1, 2, 7, 8, 9, 10, 11, 3, 4, 5, 6]
 
 
 def test_only_what_is_shifted_has_a_shift_and_only_what_is_centered_a_center():

@@ -145,7 +145,7 @@ def test_label_neutral_targets_are_torchs(model, torch_model):
     rows = rows.replace(target_BxLxC=np.broadcast_to([7, 11], rows.target_BxLxC.shape))
     batch = tuning_case.batch(model).replace(examples=rows)
     grads, (mean_J, _) = gradient(
-        case.decoder, case.state.trained, case.objective, batch, jnp.eye(6)[0], 1
+        case.decoder, case.state.trained, case.objective, batch, jnp.eye(7)[0], 1
     )
     objective = ref.Objective({}, w_cos=0.0, soft_ids=(7, 11))
     parts, expected = ref.dual_loss(torch_model, torch_batch(rows), objective)

@@ -87,7 +87,7 @@ def test_a_run_of_two_behaviors_has_the_losses_and_the_gradient_of_two_runs(mode
         case.objective.weight_J,
     )
     grads, (mean_J, cosine_KxN) = gradient(*args, 1)
-    assert case.objective.weight_J.tolist() == pytest.approx([1, 1, 0, 0, 0, 0.1, 0.5, 3])
+    assert case.objective.weight_J.tolist() == pytest.approx([1, 1, 0, 0, 0, 0.1, 0, 0.5, 3])
 
     each = {
         0: tuning_case.case(model, tuning_case.settings(sign=-1)),
@@ -105,7 +105,7 @@ def test_a_run_of_two_behaviors_has_the_losses_and_the_gradient_of_two_runs(mode
         g, (mean_alone_J, (cosine_N,)) = gradient(
             alone.decoder, alone.state.trained, alone.objective, batch, weight_J, 1
         )
-        at = 6 if k else 0
+        at = 7 if k else 0
         np.testing.assert_allclose(mean_J[at : at + 2], mean_alone_J[:2], rtol=1e-5)
         np.testing.assert_allclose(cosine_KxN[k], cosine_N, rtol=1e-4, atol=1e-6)
         total = jax.tree.map(jnp.add, total, g)
@@ -122,11 +122,11 @@ def test_a_kept_behavior_pulls_back_to_the_cosine_of_the_base_and_only_when_it_l
     c.loss.also.kept = other(mode="hold")
     case = tuning_case.case(model, c, also={"kept": tuning_case.vector(model, seed=1)})
     rows = base_cache.add_cosines(rows_of(model, [0, 1, 1, 0]), model, case.objective.probe, 3)
-    batch, only_kept = Batch(rows, None), jnp.eye(8)[7]
+    batch, only_kept = Batch(rows, None), jnp.eye(9)[8]
     at_base, (mean_J, _) = gradient(
         case.decoder, case.state.trained, case.objective, batch, only_kept, accumulate
     )
-    assert float(mean_J[7]) < 1e-10
+    assert float(mean_J[8]) < 1e-10
     assert max(float(jnp.abs(g).max()) for g in at_base.values()) < 1e-4
 
     trained = moved(case)
@@ -141,7 +141,7 @@ def test_a_kept_behavior_pulls_back_to_the_cosine_of_the_base_and_only_when_it_l
     chosen = (rows.cosine_BxT * (rows.of_B == 1)[:, None])[:, None]
     expected = (apart_BxNxT[:, :2] * chosen).sum() / 2 / chosen.sum()
     assert expected > 1e-6
-    assert float(mean_J[7]) == pytest.approx(expected, rel=1e-3)
+    assert float(mean_J[8]) == pytest.approx(expected, rel=1e-3)
     cosine = (now.base_BxNxT * chosen).sum((0, 2)) / chosen.sum()
     np.testing.assert_allclose(cosine_N, cosine, rtol=1e-3, atol=1e-5)
 
@@ -166,7 +166,7 @@ def test_l2_and_own_are_those_of_whole_forward_passes(model):
         tuning_case.retention_rows(model, 4, layers=c.train.layers),
     )
     batch, trained = tuning_case.batch(model).replace(retention=keep), moved(case)
-    _, (mean_J, _) = gradient(case.decoder, trained, case.objective, batch, jnp.eye(6)[3], 1)
+    _, (mean_J, _) = gradient(case.decoder, trained, case.objective, batch, jnp.eye(7)[3], 1)
     tuned = tuning_case.tuned(model, trained, c.train.layers)
     was, now = (m.forward(keep.tokens_BxT, keep.mask_BxT, capture=True) for m in (model, tuned))
     l2, own = [], []
@@ -180,7 +180,7 @@ def test_l2_and_own_are_those_of_whole_forward_passes(model):
     assert len(own) > 3 and np.mean(l2) > 1e-5
     assert float(mean_J[3]) == pytest.approx(np.mean(l2), rel=1e-3)
     assert float(mean_J[4]) == pytest.approx(np.mean(own), rel=1e-4)
-    args = case.decoder, case.state.trained, case.objective, batch, jnp.eye(6)[3]
+    args = case.decoder, case.state.trained, case.objective, batch, jnp.eye(7)[3]
     assert max(float(jnp.abs(g).max()) for g in gradient(*args, 1)[0].values()) < 1e-5
 
 
@@ -234,8 +234,10 @@ def logged(folder):
 
 def test_a_run_of_two_behaviors_end_to_end(model, behavior, second, tmp_path):
     c = also(model, behavior, second, cosine=20.0)
+    c.loss.match = 1.0
     folder = train.run(c, tmp_path / "study", model)
     first, *_, last = logged(folder)
+    assert 0.001 < first["match_loss"] != last["match_loss"] and "grad_norm/match" in first
     for name in ("token_loss", "cosine_loss", "cosine"):
         assert f"cheer/{name}" in first
     assert {"l2_loss", "own_loss", "grad_norm/l2", "grad_norm/cheer/cosine"} <= first.keys()

@@ -12,7 +12,7 @@ from flax import traverse_util
 from ml_collections import FrozenConfigDict
 
 from reptune_jax import config, lm
-from reptune_jax.tuning import partition
+from reptune_jax.tuning import base_cache, partition
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.objective import make_objective
 from tests.support import tiny, tuning_case
@@ -103,19 +103,22 @@ def test_remat_changes_the_program_and_not_the_gradient(model):
 
 def test_one_compiled_step_serves_every_arm_and_sign(model):
     v, batch, programs = tuning_case.vector(model), tuning_case.batch(model), set()
-    seen = {}
+    seen, examples = {}, batch.examples
+    goals = base_cache.add_goals(batch.examples, model, (1, 3), 4)
     for arm in config.TUNED_ARMS:
         for sign in (1, -1):
             c = config.armed(tuning_case.settings(arm=arm, sign=sign, train__lr=3e-3))
             case = tuning_case.case(model, c, v.random_like(0) if c.vector.random else v)
+            batch = batch.replace(examples=goals if c.loss.match else examples)
             step, state = steps.make_step(case.decoder, case.train), case.state
             programs.add(step)
             for _ in range(3):
                 state, _ = step(state, case.objective, batch, NO)
             seen[arm, sign] = np.asarray(state.trained["attn/v/kernel"])
-    # One for all, and one for `preventative`, which steers while it trains.
-    assert len(programs) == 1 and programs.pop()._cache_size() == 2
-    assert len({a.tobytes() for a in seen.values()}) == 10  # all differ but for token and out signs
+    # One for all, one for `preventative`, which steers while it trains, one for those with goals.
+    assert len(programs) == 1 and programs.pop()._cache_size() == 3
+    assert len({a.tobytes() for a in seen.values()}) == 15  # all but token, match and out differ
+    assert (seen["match", 1] == seen["match", -1]).all()  # here and in the goals
     assert (seen["token", 1] == seen["token", -1]).all()  # the sign is in the targets there
     assert (seen["out", 1] == seen["out", -1]).all()
 
@@ -211,14 +214,14 @@ def test_measuring_reports_each_losss_own_gradient_and_changes_nothing(model):
     moved = {k: 1.1 * v for k, v in case.state.trained.items()}  # else the KL has no gradient
     case.state = case.state.replace(trained=moved)
     batch = tuning_case.batch(model, R=4)
-    each = [grads_of(case, batch, row)[0] for row in np.eye(6, dtype=np.float32)[:3]]
+    each = [grads_of(case, batch, row)[0] for row in np.eye(7, dtype=np.float32)[:3]]
     step = steps.make_step(case.decoder, case.train)
     copy = jax.tree.map(jnp.copy, case.state)
     measured, metrics = step(case.state, case.objective, batch, YES)
     unmeasured, quiet = step(copy, case.objective, batch, NO)
     norms = [float(optax.global_norm(g)) for g in each]
     assert min(norms) > 1e-3
-    np.testing.assert_allclose(metrics["norm_J"], [*norms, 0, 0, 0], rtol=1e-4)
+    np.testing.assert_allclose(metrics["norm_J"], [*norms, 0, 0, 0, 0], rtol=1e-4)
     dot = sum(float(jnp.vdot(each[0][k], each[1][k])) for k in each[0])
     assert float(metrics["conflict"]) == pytest.approx(dot / norms[0] / norms[1], abs=1e-4)
     assert (np.asarray(quiet["norm_J"]) == 0).all()
@@ -246,6 +249,6 @@ def test_the_task_is_the_armed_config_as_data(model):
     spec = task.cosine
     assert (float(spec.into_K[0]), float(spec.out_K[0]), float(spec.sign_K[0])) == (0, 1, -1)
     assert spec.layer_KxN.tolist() == [[0, 1, 1, 0]]
-    assert task.weight_J.tolist() == pytest.approx([1, 1, 0, 0, 0, 0.1])
+    assert task.weight_J.tolist() == pytest.approx([1, 1, 0, 0, 0, 0.1, 0])
     token = make_objective(config.armed(tuning_case.settings(arm="token")), v, {})
-    assert token.weight_J.tolist() == pytest.approx([1, 0, 0, 0, 0, 0.1])
+    assert token.weight_J.tolist() == pytest.approx([1, 0, 0, 0, 0, 0.1, 0])
