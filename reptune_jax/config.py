@@ -19,6 +19,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "steer": {},  # the vector added online
     "bake": {},  # the same constant as a bias: exact, no training
     "weights": {},  # token's change, less that of its other sign: contrastive weight steering
+    "contrast": {},  # the same of dual's
     "token": {"loss.cosine": 0.0},
     "vector": {"loss.token": 0.0},
     "dual": {},
@@ -43,6 +44,8 @@ SUITES = (
     "truthfulqa", "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa",
     "mmlu",
 )  # fmt: skip
+
+CONTRASTS = {"weights": "token", "contrast": "dual"}  # and the arm whose two signs it is made of
 
 MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: hold
 

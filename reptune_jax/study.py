@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from reptune_jax import cards, convert, distributed, program, train, tuned_run
-from reptune_jax.config import TUNED_ARMS
+from reptune_jax.config import CONTRASTS, TUNED_ARMS
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.evals import arms, baseline, dial, steering, tuned
@@ -35,11 +35,13 @@ def run(c: ConfigDict, workdir: Path) -> None:
         )
     if any(arm in TUNED_ARMS for arm in c.study.arms):
         behaviors.load(c.behavior).check(c, "train", "tune", "val")
-    if "weights" in c.study.arms and not ("token" in c.study.arms and len(c.study.signs) == 2):
-        raise ValueError(
-            f"study.arms: got 'weights' with arms {c.study.arms} and signs {c.study.signs}, "
-            "expected token and both signs, which it is made of. Add them, or leave it out."
-        )
+    for arm in (arm for arm in c.study.arms if arm in CONTRASTS):
+        if CONTRASTS[arm] not in c.study.arms or len(c.study.signs) < 2:
+            raise ValueError(
+                f"study.arms: got {arm!r} with arms {c.study.arms} and signs {c.study.signs}, "
+                f"expected {CONTRASTS[arm]} and both signs, which it is made of. Add them, or "
+                "leave it out."
+            )
     if unknown := set(c.dial.arms) - set(c.study.arms):
         raise ValueError(
             f"dial.arms: got {', '.join(sorted(unknown))}, expected arms of the study, which are "

@@ -87,7 +87,7 @@ def tuned(base: Model, run: Path, scale: float | None = None) -> Condition:
     return Condition(scaled.over(base), *found.name, k=scale or 0.0)
 
 
-def weights(base: Model, toward: Path, away: Path, scale: float) -> Condition:
+def contrasted(arm: str, base: Model, toward: Path, away: Path, scale: float) -> Condition:
     """`scale` times what a run changed and its twin of the other sign did not, added to the base.
 
     Raises:
@@ -95,4 +95,4 @@ def weights(base: Model, toward: Path, away: Path, scale: float) -> Condition:
     """
     run = tuned_run.load(toward)
     found = run.without(tuned_run.load(away)).scaled(scale)
-    return Condition(found.over(base), "weights", run.name.sign, run.name.seed, k=scale)
+    return Condition(found.over(base), arm, run.name.sign, run.name.seed, k=scale)

@@ -17,7 +17,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
-from reptune_jax.config import digest
+from reptune_jax.config import CONTRASTS, digest
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
@@ -109,7 +109,7 @@ def conditions(c: ConfigDict, study: Study) -> Iterator[Planned]:
         "base": lambda c, study: [Planned("base", lambda base: Condition(base, "base"))],
         "prompt": _prompted,
         "steer": _steered,
-        "weights": _weights,
+        **{arm: partial(_contrasted, arm) for arm in CONTRASTS},
     }
     for arm in dict.fromkeys(c.suites.arms):
         found = of[arm](c, study) if arm in of else _tuned(study, arm)
@@ -168,15 +168,15 @@ def _steer_at(study: Study, where: tuple[int, float, int], base: Model) -> Condi
     return arms.steered(base, SteeringVector.load(study.vector), *where)
 
 
-def _weights(c: ConfigDict, study: Study) -> list[Planned]:
+def _contrasted(arm: str, c: ConfigDict, study: Study) -> list[Planned]:
     """At the scale that was tested."""
-    rows = _there(study.dial("weights"))
+    rows = _there(study.dial(arm))
     found = []
     for at in rows[rows.split == "test"].groupby(["sign", "seed", "k"]).groups:
         sign, seed, scale = int(at[0]), int(at[1]), float(at[2])
-        toward, away = (study.run(RunName("token", s, seed)).path for s in (sign, -sign))
-        make = partial(arms.weights, toward=toward, away=away, scale=scale)
-        found.append(Planned(str(RunName("weights", sign, seed)), make))
+        toward, away = (study.run(RunName(CONTRASTS[arm], s, seed)).path for s in (sign, -sign))
+        make = partial(arms.contrasted, arm, toward=toward, away=away, scale=scale)
+        found.append(Planned(str(RunName(arm, sign, seed)), make))
     return found
 
 

@@ -2,8 +2,9 @@
 
     python -m reptune_jax.evals.dial --config=sentiment --workdir=runs/sentiment
 
-base + k (tuned - base) for the arms of `dial.arms`; for the arm `weights` base + k (token of the
-sign - token of the other sign), contrastive weight steering (arXiv 2511.05408). The first seed's
+base + k (tuned - base) for the arms of `dial.arms`; for the arms `weights` and `contrast` base + k
+(token, or dual, of the sign - that of the other sign), contrastive weight steering (arXiv
+2511.05408), whenever they are in `study.arms`. The first seed's
 runs are swept over `dial.scales` on the validation split; every seed is tested at the scale that
 costs what the tuned `dual` runs cost. Writes `results/dial_<arm>.parquet`; skips what is there.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
+from reptune_jax.config import CONTRASTS
 from reptune_jax.console import say
 from reptune_jax.evals import arms
 from reptune_jax.evals.arms import Condition
@@ -42,7 +44,7 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> list[Path]:
 
 def dialled(c: ConfigDict) -> tuple[str, ...]:
     """The arms that are scaled."""
-    return (*c.dial.arms, *(("weights",) if "weights" in c.study.arms else ()))
+    return (*c.dial.arms, *(arm for arm in c.study.arms if arm in CONTRASTS))
 
 
 def check(c: ConfigDict, study: Study) -> None:
@@ -53,12 +55,12 @@ def check(c: ConfigDict, study: Study) -> None:
     """
     if not dialled(c):
         raise ValueError(
-            "dial.arms: got none, and study.arms has no 'weights', expected tuned arms to scale. "
-            "Example: --config.dial.arms=token,random"
+            "dial.arms: got none, and study.arms has neither 'weights' nor 'contrast', expected "
+            "tuned arms to scale. Example: --config.dial.arms=token,random"
         )
     for arm in dialled(c):
-        of = "token" if arm == "weights" else arm
-        for sign in (1, -1) if arm == "weights" else c.study.signs:
+        of = CONTRASTS.get(arm, arm)
+        for sign in (1, -1) if arm in CONTRASTS else c.study.signs:
             for seed in c.study.seeds:
                 run = study.run(RunName(of, sign, seed))
                 if not distributed.exists(run.checkpoints):
@@ -86,10 +88,10 @@ def measure(bench: Bench, study: Study, arm: str, sign: int) -> list[Row]:
 def _condition(
     bench: Bench, study: Study, arm: str, sign: int, seed: int, scale: float
 ) -> Condition:
-    if arm != "weights":
+    if arm not in CONTRASTS:
         return arms.tuned(bench.base, study.run(RunName(arm, sign, seed)).path, scale)
-    toward, away = (study.run(RunName("token", s, seed)).path for s in (sign, -sign))
-    return arms.weights(bench.base, toward, away, scale)
+    toward, away = (study.run(RunName(CONTRASTS[arm], s, seed)).path for s in (sign, -sign))
+    return arms.contrasted(arm, bench.base, toward, away, scale)
 
 
 if __name__ == "__main__":

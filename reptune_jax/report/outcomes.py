@@ -20,7 +20,7 @@ from reptune_jax.report.study import BASE, Setting, Study
 
 # Of dual, in the declared comparisons.
 RIVALS: tuple[str, ...] = ("base", "prompt", "steer", "token", "random", "weights", "preventative")
-RIVALS += ("match", "displace")
+RIVALS += ("contrast", "match", "displace")
 # The same run with a random direction.
 CONTROLS = {"dual": "random", "vector": "random", "displace": "misplace"}
 

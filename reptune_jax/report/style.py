@@ -14,13 +14,13 @@ from reptune_jax.report.blocks import Plot
 COLORS = {
     "base": "#000000", "prompt": "#E69F00", "steer": "#56B4E9", "bake": "#0072B2",
     "token": "#009E73", "vector": "#CC79A7", "dual": "#D55E00", "random": "#8C8C8C",
-    "weights": "#7B4FA3", "preventative": "#B8860B", "match": "#332288",
+    "weights": "#7B4FA3", "contrast": "#882255", "preventative": "#B8860B", "match": "#332288",
     "displace": "#AA4499", "misplace": "#BBBBBB", "out": "#6F5B3E",
 }  # fmt: skip
 MARKERS = {
     "base": "o", "prompt": "s", "steer": "o", "bake": "P", "token": "D", "vector": "v", "dual": "^",
-    "random": "X", "weights": "p", "preventative": "<", "match": ">", "displace": "*",
-    "misplace": "x", "out": "h",
+    "random": "X", "weights": "p", "contrast": "d", "preventative": "<", "match": ">",
+    "displace": "*", "misplace": "x", "out": "h",
 }  # fmt: skip
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9,

@@ -83,6 +83,8 @@ class Corpus(NamedTuple):
                 weight_BxLxC=chosen.weight_BxLxC * real_B[:, None, None],
                 cosine_BxT=chosen.cosine_BxT * real_B[:, None],
             )
+            if chosen.goes_on_BxL is not None:
+                chosen = chosen.replace(goes_on_BxL=chosen.goes_on_BxL * real_B[:, None])
             own = None
             if kept is not None:
                 rows = np.arange(start // B * R, start // B * R + R) % len(kept.tokens_BxT)
