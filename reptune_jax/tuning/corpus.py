@@ -41,7 +41,7 @@ class Corpus(NamedTuple):
     """All texts of a run: for training, for validation, and retention text for each.
 
     Examples of the run's behaviors lie one after another, `sizes` of each; a step takes `batches`
-    of each.
+    of each. Of `train` only those may be held that a step takes: example i at `place_I[i]`.
     """
 
     train: Examples
@@ -50,6 +50,17 @@ class Corpus(NamedTuple):
     retention_val: Retention | None
     sizes: tuple[int, ...]
     batches: tuple[int, ...]
+    place_I: np.ndarray | None = None
+
+    def of_steps(self, seed: int, steps: int) -> "Corpus":
+        """Without the examples that no step takes: what the base says of them costs minutes."""
+        taken = [min(steps * b, n) for b, n in zip(self.batches, self.sizes, strict=True)]
+        if sum(taken) == sum(self.sizes):
+            return self
+        at = np.sort(choose_of_each(self.sizes, taken, seed, 0))  # all within the first epoch
+        place_I = np.full(sum(self.sizes), len(at))
+        place_I[at] = np.arange(len(at))
+        return self._replace(train=jax.tree.map(lambda a: a[at], self.train), place_I=place_I)
 
     def digest(self) -> str:
         """Identifies what is trained on: hosts with other data must not train together."""
@@ -66,6 +77,7 @@ class Corpus(NamedTuple):
     def batch(self, seed: int, step: int, R: int) -> Batch:
         """A step's examples, and R rows of retention text where there is any."""
         at = choose_of_each(self.sizes, self.batches, seed, step)
+        at = at if self.place_I is None else self.place_I[at]
         chosen, kept = jax.tree.map(lambda a: a[at], self.train), None
         if self.retention is not None:
             rows = choose(len(self.retention.tokens_BxT), R, seed, step)
@@ -109,7 +121,7 @@ def make_corpus(c: ConfigDict, workdir: Path, model: Model) -> Corpus:
     T = -(-longest // _BUCKET) * _BUCKET
     train[0] = _some(train[0], c)
     batches = (c.train.batch, *(one.batch for one in c.loss.also.values()))
-    return Corpus(
+    corpus = Corpus(
         train=_stack(train, model.pad_id, T),
         val=_stack(val, model.pad_id, T),
         retention=_retention_of(c, model, "train", T) if retains(c) else None,
@@ -117,6 +129,7 @@ def make_corpus(c: ConfigDict, workdir: Path, model: Model) -> Corpus:
         sizes=tuple(map(len, train)),
         batches=batches,
     )
+    return corpus.of_steps(c.seed, c.train.steps)
 
 
 def _also(c: ConfigDict, one: ConfigDict) -> tuple[ConfigDict, Study]:

@@ -40,6 +40,20 @@ def test_targets_that_were_cut_between_two_lines_are_refused(lines, said, tmp_pa
             corpus._answers(c, study, behavior, split)
 
 
+@pytest.mark.parametrize("steps,held", [(2, 6 + 2), (3, 9 + 3), (9, 20 + 5)])
+def test_only_the_examples_of_its_steps_are_held(steps, held):
+    each = [[corpus.Example([i, i], [0], [[(1, 1.0)]], (0, 1)) for i in at]
+            for at in (range(20), range(20, 25))]  # fmt: skip
+    rows = corpus._stack(each, 0, 2)
+    whole = corpus.Corpus(rows, rows, None, None, (20, 5), (3, 1))
+    less = whole.of_steps(7, steps)
+    assert len(less.train.tokens_BxT) == held
+    for step in range(steps):
+        batches = (one.batch(7, step, 0).examples for one in (whole, less))
+        tokens, of = zip(*((e.tokens_BxT.tolist(), e.of_B.tolist()) for e in batches), strict=True)
+        assert tokens[0] == tokens[1] and of[0] == of[1]
+
+
 def test_few_rows_are_drawn_by_the_seed(tmp_path):
     found = [corpus.Example([i], [0], [[(1, 1.0)]], (0, 1)) for i in range(9)]
     c = tiny_behavior.settings(tmp_path, tmp_path / "b.jsonl", train__rows=4)
