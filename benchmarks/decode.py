@@ -142,8 +142,8 @@ def main(argv: list[str] | None = None) -> None:
             cost = measure(form, arch, params, dtype, work, B)
             rate = cost.read_gb / cost.ms * 1e3
             print(
-                f"| {B} | {form} | {cost.ms:.3f} | {cost.read_gb:.3f} | {rate:,.1f} "
-                f"| {rate / copied:.0%} | {cost.peak_gib:.2f} | {cost.compile_s:.1f} |",
+                f"| {B} | {form} | {cost.ms:.3f} | {cost.read_gb:.4g} | {rate:,.4g} "
+                f"| {rate / copied:.0%} | {cost.peak_gib:.4g} | {cost.compile_s:.1f} |",
                 flush=True,
             )
 

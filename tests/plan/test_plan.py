@@ -55,7 +55,7 @@ def test_cached_decoding_compiles_for_a_tpu(topology):
     mesh, B, T, new = mesh_for(topology), 8, 64, 32
     rows = functools.partial(abstract.struct, mesh=mesh, spec=meshes.BATCH)
     shared = functools.partial(abstract.struct, mesh=mesh, spec=PartitionSpec())
-    decoder = whole(ARCH, BF16, meshes.rows_of(mesh))
+    decoder = decode.apart(whole(ARCH, BF16, meshes.rows_of(mesh)))  # as accelerators decode
     cache = jax.eval_shape(lambda: init_cache(ARCH, decoder.segments, B, T + new, BF16))
     where = meshes.cache_sharding(mesh, B, ARCH.K)
     cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), cache)
@@ -75,7 +75,6 @@ def test_cached_decoding_compiles_for_a_tpu(topology):
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     held = sum(a.size * 2 for a in jax.tree.leaves(cache)) // mesh.size
-    assert memory.temp_size_in_bytes > 0
     assert memory.alias_size_in_bytes >= held  # the donated cache is written in place
     assert any("tensor" in axes for _, axes in kinds(compiled.as_text(), mesh))
 
