@@ -176,14 +176,15 @@ class Model:
         tokens_BxT, mask_BxT = inputs.token_arrays(tokens_BxT, mask_BxT, self.arch.V, left=True)
         inputs.numbers(temperature, max_new=max_new)
         B, T = tokens_BxT.shape
+        decoder = decode.for_loop(self.decoder, self.params)
         make_cache: Any = init_cache
         if self.mesh is not None:
             make_cache = _sharded_cache(meshes.cache_sharding(self.mesh, B, self.arch.K))
         new_BxM, _ = decode.generate(
-            self.decoder,
+            decoder,
             self.params,
             *meshes.put_rows((tokens_BxT, mask_BxT), self.mesh),
-            make_cache(self.arch, B, T + max_new, self.dtype),
+            make_cache(self.arch, decoder.segments, B, T + max_new, self.dtype),
             as_steer(steer, self.arch, B, T + 1),
             jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
             jnp.float32(temperature),
@@ -371,7 +372,7 @@ def default_dtype() -> str:
 @functools.lru_cache
 def _sharded_cache(where: jax.sharding.NamedSharding) -> Any:
     """Born in its layout: on one device it might not fit."""
-    return jax.jit(init_cache, static_argnums=(0, 1, 2, 3), out_shardings=where)
+    return jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4), out_shardings=where)
 
 
 @partial(jax.jit, static_argnames=("decoder", "capture"))

@@ -1,4 +1,4 @@
-"""The key/value cache: a plain dict of arrays, carried through the scan over layers."""
+"""The key/value cache: for each segment of a decoder the arrays that its scan carries."""
 
 from typing import Any
 
@@ -7,13 +7,19 @@ import jax.numpy as jnp
 
 from reptune_jax.model.arch import Arch
 
-Cache = dict[str, jax.Array]  # k, v: [N, B, K, S, Dh]
+KeysValues = dict[str, jax.Array]  # k, v: [layers of the segment, B, K, S, Dh]
+Cache = dict[str, KeysValues]  # by segment
 
 
-def init_cache(arch: Arch, B: int, S: int, dtype: Any) -> Cache:
+def init_cache(
+    arch: Arch, segments: tuple[tuple[str, int], ...], B: int, S: int, dtype: Any
+) -> Cache:
     """An empty key/value cache for S tokens."""
-    shape = (arch.N, B, arch.K, S, arch.Dh)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    shape = B, arch.K, S, arch.Dh
+    return {
+        name: {kind: jnp.zeros((layers, *shape), dtype) for kind in "kv"}
+        for name, layers in segments
+    }
 
 
 def write(

@@ -1,15 +1,25 @@
-"""Generation: prefill and decoding in one compiled loop, the cache donated to it."""
+"""Generation: prefill and decoding in one compiled loop, the cache donated to it.
+
+A scan over stacked layers slices each layer's weights out, which on accelerators copies them: the
+prompt can afford that once, the loop not at every token. There it has every layer's weights and
+cache as arrays of their own (`apart`), cut out of the stacks once a call. This takes as much memory
+as the layers until the call ends; where a device has too little, and on CPU, the loop scans too.
+"""
 
 import dataclasses
+import itertools
+import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from reptune_jax.model.cache import Cache
 from reptune_jax.model.intervene import Steer
-from reptune_jax.model.transformer import Decoder, unembed
+from reptune_jax.model.transformer import Decoder, Segments, unembed
 
+MOST = 2 / 3  # of a device's memory that weights and the loop's copy of the layers may fill
 MISSING = -1  # instead of a token: its logits were not finite, and neither is what follows
 
 
@@ -29,21 +39,18 @@ def generate(
 ) -> tuple[jax.Array, Cache]:
     """Left-padded prompts to `max_new` tokens each, [B, max_new]; after a stop token, that token.
 
+    `decoder` is the loop's: it scans, or has its layers `apart`; `params` have them stacked.
     Greedy at temperature 0. Logits that are not finite give MISSING, which ends the row. A `steer`
     whose token mask is [B, T+1] applies its first T columns to the prompt and the last one to every
     generated token. The cache (T + max_new slots) is returned only so that its buffer can be
     reused.
     """
     B, T = tokens_BxT.shape
+    stacked = decoder.clone(segments=(("blocks", sum(n for _, n in decoder.segments)),))
+    own = _cut(params, decoder.segments)
     # Generated tokens are real from the start: causality hides the slots not yet written.
     mask_BxS = jnp.concatenate([mask_BxT, jnp.ones((B, max_new), mask_BxT.dtype)], axis=1)
     at_prompt, at_new = _split_steer(steer, T)
-
-    def forward(tokens, cache, slot, steer):
-        hidden, cache = decoder.apply(
-            {"params": params}, tokens, mask_BxS, steer=steer, cache=cache, slot=slot
-        )
-        return unembed(decoder, params, hidden[:, -1]), cache
 
     def pick(logits_BxV, i):
         token_B = jax.lax.cond(
@@ -64,12 +71,23 @@ def generate(
 
     def step(state):
         i, last_B, done_B, out_BxM, cache = state
-        logits_BxV, cache = forward(jnp.maximum(last_B, 0)[:, None], cache, T + i - 1, at_new)
+        seen = jnp.maximum(last_B, 0)[:, None], mask_BxS
+        hidden, cache = decoder.apply(
+            {"params": own}, *seen, steer=at_new, cache=cache, slot=T + i - 1
+        )
+        logits_BxV = unembed(decoder, own, hidden[:, -1])
         next_B = jnp.where(done_B, last_B, pick(logits_BxV, i))
         return i + 1, next_B, done_B | ends(next_B), out_BxM.at[:, i].set(next_B), cache
 
-    logits_BxV, cache = forward(tokens_BxT, cache, 0, at_prompt)
-    first_B = pick(logits_BxV, 0)
+    hidden, begun = stacked.apply(
+        {"params": params},
+        tokens_BxT,
+        mask_BxT,
+        steer=at_prompt,
+        cache=_short(cache, decoder.segments, T),
+    )
+    cache = _begin(cache, decoder.segments, begun)
+    first_B = pick(unembed(stacked, params, hidden[:, -1]), 0)
     # A row that stops early repeats its stop token, also where the loop ends before max_new.
     fill = jnp.broadcast_to(stop_ids[0], (B, max_new)).astype(jnp.int32)
     state = (jnp.int32(1), first_B, ends(first_B), fill.at[:, 0].set(first_B), cache)
@@ -85,3 +103,64 @@ def _split_steer(steer: Steer | None, T: int) -> tuple[Steer | None, Steer | Non
         dataclasses.replace(steer, token_BxT=token_BxT1[:, :T]),
         dataclasses.replace(steer, token_BxT=token_BxT1[:, T : T + 1]),
     )
+
+
+# ------------------------------------------------------------------ the loop's layers
+
+
+def apart(decoder: Decoder) -> Decoder:
+    """`decoder` with each layer in a segment of its own."""
+    return decoder.clone(segments=tuple((f"layer_{l}", 1) for l in range(decoder.arch.N)))
+
+
+def for_loop(decoder: Decoder, params: dict) -> Decoder:
+    """`decoder` as `generate` should have it, for weights on these devices.
+
+    Says the same on every process, and at every call: texts must not change with what else is in
+    memory.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return decoder
+    limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    fits = _bytes_a_device(params) + _bytes_a_device(params["blocks"]) <= MOST * limit
+    return apart(decoder) if fits else decoder
+
+
+def _bytes_a_device(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+
+
+def _cut(params: dict, segments: Segments) -> dict:
+    """The one-segment tree in these segments, bottom to top."""
+    out = {name: tree for name, tree in params.items() if name != "blocks"}
+    for name, rows in _rows(segments):
+        out[name] = jax.tree.map(lambda a, rows=rows: a[rows], params["blocks"])
+    return out
+
+
+def _rows(segments: Segments) -> list[tuple[str, slice]]:
+    """(segment, where its layers are in a stack)."""
+    stops = itertools.accumulate(length for _, length in segments)
+    return [
+        (name, slice(stop - length, stop))
+        for (name, length), stop in zip(segments, stops, strict=True)
+    ]
+
+
+def _short(cache: Cache, segments: Segments, T: int) -> Cache:
+    """A stacked cache for the prompt's T tokens alone, laid out on devices as `cache` is."""
+    parts = [{kind: a[..., :T, :] for kind, a in cache[name].items()} for name, _ in segments]
+    return {"blocks": jax.tree.map(lambda *a: jnp.concatenate(a), *parts)}
+
+
+def _begin(cache: Cache, segments: Segments, begun: Any) -> Cache:
+    """`cache` with what the prompt has `begun` in its first slots."""
+    return {
+        name: {
+            kind: jax.lax.dynamic_update_slice(a, begun["blocks"][kind][rows], (0,) * a.ndim)
+            for kind, a in cache[name].items()
+        }
+        for name, rows in _rows(segments)
+    }

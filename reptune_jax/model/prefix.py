@@ -59,7 +59,7 @@ def _spread(
 ) -> Cache:
     """A cache of B rows that holds the prefix, computed for one of them."""
     B, S = mask_BxS.shape
-    empty = init_cache(decoder.arch, 1, S, decoder.dtype)
+    empty = init_cache(decoder.arch, decoder.segments, 1, S, decoder.dtype)
     _, cache = decoder.apply(
         variables,
         prefix.tokens_1xP,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from reptune_jax.model import attention, intervene
 from reptune_jax.model import cache as caches
 from reptune_jax.model.arch import Arch, Layer
-from reptune_jax.model.cache import Cache
+from reptune_jax.model.cache import Cache, KeysValues
 from reptune_jax.model.norms import Norm
 from reptune_jax.model.precision import in_full
 from reptune_jax.model.rope import rope_tables, rotate
@@ -76,7 +76,7 @@ class Shared:
 
 @flax.struct.dataclass
 class PerLayer:
-    """What is scanned along with the weights: one slice a layer, the absolute layer index first."""
+    """What is scanned along with the weights: one slice a layer, its place in its segment first."""
 
     index_N: jax.Array
     kind_N: jax.Array | None  # which of `Arch.kinds`; None where there is one
@@ -95,8 +95,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, cache: Cache | None, layer: PerLayer, shared: Shared
-    ) -> tuple[jax.Array, Cache | None]:
+        self, x_BxTxD: jax.Array, cache: KeysValues | None, layer: PerLayer, shared: Shared
+    ) -> tuple[jax.Array, KeysValues | None]:
         a, kind_N = self.arch, layer.kind_N
         seen = shared.seen if kind_N is None else jax.tree.map(lambda s: s[kind_N], shared.seen)
 
@@ -172,8 +172,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Cache | None], layer: PerLayer, shared: Shared
-    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        self, carry: tuple[jax.Array, KeysValues | None], layer: PerLayer, shared: Shared
+    ) -> tuple[tuple[jax.Array, KeysValues | None], None]:
         x_BxTxD, cache = carry
         x_BxTxD = shared.by_rows(x_BxTxD)
         mixed, cache = Attention(self.arch, self.dtype, name="attn")(
@@ -291,7 +291,7 @@ class Decoder(nn.Module):
             rows=self.rows,
         )
         layers = PerLayer(
-            jnp.arange(self.arch.N),
+            jnp.concatenate([jnp.arange(length) for _, length in self.segments]),
             jnp.array([kinds.index(l) for l in self.arch.layers]) if len(kinds) > 1 else None,
             (steer.direction_NxD, steer.add_NxB, steer.ablate_NxB) if steer else None,
             probe,
@@ -300,16 +300,21 @@ class Decoder(nn.Module):
         first = names.index(enter[0]) if enter else 0
         start = sum(length for _, length in self.segments[:first])
         x_BxTxD = enter[1] if enter else self._embed(tokens_BxT, positions_BxT, mask_BxT)
-        carry = x_BxTxD, cache
+        written = None if cache is None else dict(cache)
         for name, length in self.segments[first:]:
             if name == leave:
-                return carry
-            carry, _ = getattr(self, name)(carry, layers.slice(start, start + length), shared)
+                return x_BxTxD, written
+            carry = x_BxTxD, None if cache is None else cache[name]
+            (x_BxTxD, own), _ = getattr(self, name)(
+                carry, layers.slice(start, start + length), shared
+            )
+            if written is not None:
+                written[name] = own
             start += length
-        hidden_BxTxD = self.final_norm(shared.by_rows(carry[0]))
+        hidden_BxTxD = self.final_norm(shared.by_rows(x_BxTxD))
         if self.is_initializing():
             self.logits(hidden_BxTxD)
-        return hidden_BxTxD, carry[1]
+        return hidden_BxTxD, written
 
     def _embed(self, tokens_BxT: jax.Array, positions_BxT: jax.Array, mask: jax.Array) -> jax.Array:
         a = self.arch

@@ -68,14 +68,18 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(ours):
         )
         return ours.decoder.apply({"params": ours.params}, hidden, method="logits"), cache
 
-    logits, cache = step(ids[:, :16], init_cache(ours.arch, 3, 24, jnp.float32), 0, T=16)
+    logits, cache = step(
+        ids[:, :16], init_cache(ours.arch, ours.decoder.segments, 3, 24, jnp.float32), 0, T=16
+    )
     steps = [logits]
     for t in range(16, 24):
         logits, cache = step(ids[:, t : t + 1], cache, t, T=1)
         steps.append(logits)
     got, real = np.concatenate(steps, axis=1), mask.astype(bool)
     assert np.abs(got - want)[real].max() < 1e-5 * np.abs(want).max()
-    assert {name: c.shape for name, c in cache.items()} == dict.fromkeys("kv", (4, 3, 2, 24, 16))
+    assert {name: c.shape for name, c in cache["blocks"].items()} == dict.fromkeys(
+        "kv", (4, 3, 2, 24, 16)
+    )
 
 
 def test_a_prompt_alone_and_in_a_batch_give_the_same_text(ours):

@@ -138,7 +138,7 @@ def test_with_a_cache_as_without(family, made):
         )
         return ours.decoder.apply({"params": ours.params}, hidden, method="logits"), cache
 
-    cache, got = init_cache(ours.arch, B, T, jnp.float32), []
+    cache, got = init_cache(ours.arch, ours.decoder.segments, B, T, jnp.float32), []
     for slot in range(0, T, NEW):
         logits, cache = piece(ids[:, slot : slot + NEW], cache, slot)
         got.append(logits)

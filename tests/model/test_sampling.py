@@ -14,6 +14,11 @@ V, M = 50, 40
 class Uniform:
     """A decoder whose logits are zero; hashable, as a decoder must be."""
 
+    segments = (("blocks", 1),)
+
+    def clone(self, segments):
+        return self
+
     def apply(self, params, tokens_BxT, *args, method=None, cache=None, **kwargs):
         if method == "logits":
             return jnp.zeros((*tokens_BxT.shape[:-1], V))
@@ -22,7 +27,8 @@ class Uniform:
 
 def sample(seed, B=8):
     tokens, one = jnp.ones((B, 3), jnp.int32), jnp.float32(1)
-    args = Uniform(), {}, tokens, tokens, {"k": jnp.zeros(1)}, None, jnp.array([-1]), one
+    cache = {"blocks": {"k": jnp.zeros((1, B, 1, 3 + M, 1))}}
+    args = Uniform(), {"blocks": {}}, tokens, tokens, cache, None, jnp.array([-1]), one
     return np.asarray(decode.generate(*args, jax.random.key(seed), max_new=M)[0])
 
 
