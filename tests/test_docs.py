@@ -4,6 +4,7 @@ Needs neither the network nor mkdocs. A heading that GitHub and the site name di
 is there twice, has no anchor here: a link to it would work in one of the two only.
 """
 
+import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
@@ -124,3 +125,14 @@ def test_pages_of_a_nav():
         "index.md",
         "a/b.md",
     ]
+
+
+def test_the_readmes_table_is_that_of_the_kept_studies():
+    spec = importlib.util.spec_from_file_location("results", DOCS / "assets" / "results.py")
+    assert spec and spec.loader
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.with_table(page, ROOT / "results") == page, "run docs/assets/results.py"
+    kept = [path for path in (ROOT / "results").iterdir() if path.is_dir()]
+    assert all(f"](results/{path.name}/README.md)" in page for path in kept)

@@ -20,6 +20,7 @@ def table(results: Path) -> str:
         for dual in kept["dual"]:
             side = {1: "+", -1: "−"}[dual["sign"]]
             name = f"[{path.parent.name}](results/{path.parent.name}/README.md) {side}"
+            name += f": {kept['primary']}, {kept['items']} items, seeds: {kept['seeds']}"
             against = [_short(dual["against"].get(rival)) for rival in RIVALS]
             cells = [name, f"{dual['delta']}: {dual['outcome']}", dual["kl"], *against]
             lines.append("| " + " | ".join(cells) + " |")
@@ -30,7 +31,7 @@ def _short(found: dict[str, str] | None) -> str:
     """The verdict as a word, with the difference in the arm's direction."""
     if found is None:
         return ""
-    word = found["verdict"].removeprefix("dual ").replace("no difference shown", "level")
+    word = found["verdict"].removeprefix("dual ").replace("no difference shown", "not shown")
     return f"{word} ({found['advantage'].split(' [')[0]})"
 
 
