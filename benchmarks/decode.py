@@ -20,6 +20,7 @@ from reptune_jax.cost import hardware
 from reptune_jax.model import decode, families
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.cache import init_cache
+from reptune_jax.model.sampling import Sampling
 from reptune_jax.model.transformer import Decoder, whole
 
 SHAPES = {**hardware.SHAPES, "tiny": hardware._llama(320, 64, 96, 2, 4, 2)}
@@ -80,7 +81,7 @@ def measure(
 
     def args(stop_ids: jax.Array) -> tuple[Any, ...]:
         cache = init_cache(arch, decoder.segments, B, S, dtype)
-        rest = None, stop_ids, jnp.float32(0), jax.random.key(0)
+        rest = None, stop_ids, Sampling(), jax.random.key(0)
         return params, prompt, prompt, cache, *rest
 
     start = time.perf_counter()

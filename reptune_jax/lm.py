@@ -7,7 +7,7 @@ The methods here are the convenient face (text in, text or arrays out) of the pu
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from reptune_jax.model.intervene import Steer, Steerable, as_steer
 from reptune_jax.model.padding import BUCKET, batches_by_length, pad
 from reptune_jax.model.prefix import Prefix, shared_length
 from reptune_jax.model.read import read
+from reptune_jax.model.sampling import Sampling
 from reptune_jax.model.transformer import Decoder, unembed, whole
 
 
@@ -46,6 +47,7 @@ class Model:
     """A chat model; see `load`. `config` is the raw config.json, kept for the export.
 
     `files` is the folder whose tokenizer, license and so on go with an export; None: made anew.
+    `sampling` is what its generation_config.json says of it.
     Methods raise ValueError for what no model can read, and for numbers that are not finite.
     """
 
@@ -58,6 +60,7 @@ class Model:
     stop_ids: tuple[int, ...]
     spelling: weights.Spelling = weights.AS_TABLED
     files: Path | None = None
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         a, size = self.arch, sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -119,23 +122,30 @@ class Model:
         chat: bool = True,
         batch_size: int = 32,
         seed: int = 0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
     ) -> list[str]:
         """Continues each prompt (text, or chat messages); greedy at temperature 0.
 
         `chat` renders a text prompt as one user turn. Steering applies to prompt and new tokens.
+        Above temperature 0, what is not given of the last three is as generation_config.json says.
         """
         prompts = inputs.prompts(prompts)
+        asked = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+        given = {name: value for name, value in asked.items() if value is not None}
+        how = Sampling.of(temperature, **({**self.sampling} if temperature else {}) | given)
         ids = [self.encode_prompt(prompt, chat) for prompt in prompts]
         if chat:
             text.warn_of_rendered(self.tokenizer, [p for p in prompts if isinstance(p, str)])
-        new = self.generate_each(ids, max_new_tokens, temperature, steer, batch_size, seed)
+        new = self.generate_each(ids, max_new_tokens, how, steer, batch_size, seed)
         return [said(self.tokenizer, ids) for ids in new]
 
     def generate_each(
         self,
         prompts: Sequence[list[int]],
         max_new: int,
-        temperature: float = 0.0,
+        sampling: float | Sampling = 0.0,
         steer: Steerable | None = None,
         batch_size: int = 32,
         seed: int = 0,
@@ -143,16 +153,18 @@ class Model:
     ) -> list[list[int]]:
         """Ids in, new ids out, in order; a stop token ends a row and is kept as its last id.
 
+        `sampling` is a temperature, or all of how to draw.
+
         With `missing`, logits that are not finite are no error: they end a row in MISSING.
         """
         prompts = inputs.token_rows(prompts, self.arch.V, steer, self.context)
-        inputs.numbers(temperature, max_new=max_new, batch_size=batch_size)
+        inputs.counts(max_new=max_new, batch_size=batch_size)
         out: list[list[int]] = [[]] * len(prompts)
         size = max(1, min(batch_size, len(prompts)))  # few prompts: no rows for nothing
         batches = list(batches_by_length([*map(len, prompts)], size))
         for rows in tqdm(batches, desc="generating", delay=2, leave=False):
             tokens, mask = pad([prompts[r] for r in rows], self.pad_id, left=True, rows=size)
-            asked = max_new, temperature, steer, seed + rows[0], True
+            asked = max_new, sampling, steer, seed + rows[0], True
             for r, new_M in zip(rows, self.generate_ids(tokens, mask, *asked), strict=False):
                 out[r] = self.cut(new_M)
         if not missing:
@@ -164,7 +176,7 @@ class Model:
         tokens_BxT: Any,
         mask_BxT: Any,
         max_new: int,
-        temperature: float = 0.0,
+        sampling: float | Sampling = 0.0,
         steer: Steerable | Steer | None = None,
         seed: int = 0,
         missing: bool = False,
@@ -174,7 +186,8 @@ class Model:
         With `missing`, logits that are not finite are no error: from there on a row is MISSING.
         """
         tokens_BxT, mask_BxT = inputs.token_arrays(tokens_BxT, mask_BxT, self.arch.V, left=True)
-        inputs.numbers(temperature, max_new=max_new)
+        inputs.counts(max_new=max_new)
+        how = sampling if isinstance(sampling, Sampling) else Sampling.of(sampling)
         B, T = tokens_BxT.shape
         decoder = decode.for_loop(self.decoder, self.params)
         make_cache: Any = init_cache
@@ -187,7 +200,7 @@ class Model:
             make_cache(self.arch, decoder.segments, B, T + max_new, self.dtype),
             as_steer(steer, self.arch, B, T + 1),
             jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
-            jnp.float32(temperature),
+            how,
             jax.random.key(seed),
             max_new=max_new,
         )
@@ -351,6 +364,7 @@ def load(name: str | Source, dtype: Any = None, mesh: jax.sharding.Mesh | None =
         source.eos_ids,
         weights.spelling(source, arch),
         source.folder,
+        source.sampling,
     )
 
 

@@ -13,7 +13,7 @@ from reptune_jax.hub.names import Spelling
 from reptune_jax.hub.safetensors_io import TensorHandle, read_tensors
 from reptune_jax.hub.settle import check_layers, settled
 from reptune_jax.hub.tokenizer import check_vocabulary, follow_file, gguf_tokenizer
-from reptune_jax.model import families
+from reptune_jax.model import families, sampling
 from reptune_jax.model.arch import Arch
 from reptune_jax.reading import parse_json, reading
 
@@ -38,6 +38,7 @@ class Source:
     eos_ids: tuple[int, ...]  # tokens that end a generation
     leaves: Mapping[str, TensorHandle] | None = None  # of an Orbax model folder, by our paths
     spelling: Spelling | None = None  # of the Hugging Face folder that one was made from
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # as it declares it
 
     def arch(self) -> Arch:
         """What the config describes.
@@ -119,11 +120,12 @@ def _open_folder(name: str, folder: Path) -> Source:
     if tokenizer is not None:
         check_vocabulary(tokenizer, V)
     path = folder / "generation_config.json"
-    declared = [(_json(path) if path.exists() else {}).get("eos_token_id")]
-    declared += [config.get("eos_token_id")]
+    generation = _json(path) if path.exists() else {}
+    declared = [generation.get("eos_token_id"), config.get("eos_token_id")]
     with reading(folder, "Use another model."):
         ends = endings.stop_ids(tokenizer, declared, V)
-    return Source(name, config, tensors, tokenizer, folder, ends, leaves, spelling)
+    how = sampling.declared(generation)
+    return Source(name, config, tensors, tokenizer, folder, ends, leaves, spelling, how)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from reptune_jax.model.cache import Cache
 from reptune_jax.model.intervene import Steer
+from reptune_jax.model.sampling import Sampling, draw, seen
 from reptune_jax.model.transformer import Decoder, Segments, unembed
 
 MOST = 2 / 3  # of a device's memory that weights and the loop's copy of the layers may fill
@@ -32,7 +33,7 @@ def generate(
     cache: Cache,
     steer: Steer | None,
     stop_ids: jax.Array,
-    temperature: jax.Array,
+    sampling: Sampling,
     key: jax.Array,
     *,
     max_new: int,
@@ -40,7 +41,7 @@ def generate(
     """Left-padded prompts to `max_new` tokens each, [B, max_new]; after a stop token, that token.
 
     `decoder` is the loop's: it scans, or has its layers `apart`; `params` have them stacked.
-    Greedy at temperature 0. Logits that are not finite give MISSING, which ends the row. A `steer`
+    Logits that are not finite give MISSING, which ends the row. A `steer`
     whose token mask is [B, T+1] applies its first T columns to the prompt and the last one to every
     generated token. The cache (T + max_new slots) is returned only so that its buffer can be
     reused.
@@ -52,32 +53,28 @@ def generate(
     mask_BxS = jnp.concatenate([mask_BxT, jnp.ones((B, max_new), mask_BxT.dtype)], axis=1)
     at_prompt, at_new = _split_steer(steer, T)
 
-    def pick(logits_BxV, i):
-        token_B = jax.lax.cond(
-            temperature > 0,
-            lambda: jax.random.categorical(
-                jax.random.fold_in(key, i), logits_BxV / jnp.maximum(temperature, 1e-6)
-            ).astype(jnp.int32),
-            lambda: jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32),
-        )
-        return jnp.where(jnp.isfinite(logits_BxV.max(axis=-1)), token_B, MISSING)
+    def pick(logits_BxV, i, seen_BxV):
+        token_B, seen_BxV = draw(sampling, logits_BxV, seen_BxV, jax.random.fold_in(key, i))
+        return jnp.where(jnp.isfinite(logits_BxV.max(axis=-1)), token_B, MISSING), seen_BxV
 
     def ends(token_B):
         return jnp.isin(token_B, stop_ids) | (token_B == MISSING)
 
     def unfinished(state):
-        i, _, done_B, _, _ = state
+        i, _, done_B, *_ = state
         return (i < max_new) & ~jnp.all(done_B)
 
     def step(state):
-        i, last_B, done_B, out_BxM, cache = state
-        seen = jnp.maximum(last_B, 0)[:, None], mask_BxS
+        i, last_B, done_B, out_BxM, seen_BxV, cache = state
+        last = jnp.maximum(last_B, 0)[:, None], mask_BxS
         hidden, cache = decoder.apply(
-            {"params": own}, *seen, steer=at_new, cache=cache, slot=T + i - 1
+            {"params": own}, *last, steer=at_new, cache=cache, slot=T + i - 1
         )
         logits_BxV = unembed(decoder, own, hidden[:, -1])
-        next_B = jnp.where(done_B, last_B, pick(logits_BxV, i))
-        return i + 1, next_B, done_B | ends(next_B), out_BxM.at[:, i].set(next_B), cache
+        next_B, seen_BxV = pick(logits_BxV, i, seen_BxV)
+        next_B = jnp.where(done_B, last_B, next_B)
+        out_BxM = out_BxM.at[:, i].set(next_B)
+        return i + 1, next_B, done_B | ends(next_B), out_BxM, seen_BxV, cache
 
     hidden, begun = stacked.apply(
         {"params": params},
@@ -87,11 +84,13 @@ def generate(
         cache=_short(cache, decoder.segments, T),
     )
     cache = _begin(cache, decoder.segments, begun)
-    first_B = pick(unembed(stacked, params, hidden[:, -1]), 0)
+    logits_BxV = unembed(stacked, params, hidden[:, -1])
+    seen_BxV = seen(sampling, tokens_BxT, mask_BxT, logits_BxV.shape[1])
+    first_B, seen_BxV = pick(logits_BxV, 0, seen_BxV)
     # A row that stops early repeats its stop token, also where the loop ends before max_new.
     fill = jnp.broadcast_to(stop_ids[0], (B, max_new)).astype(jnp.int32)
-    state = (jnp.int32(1), first_B, ends(first_B), fill.at[:, 0].set(first_B), cache)
-    _, _, _, out_BxM, cache = jax.lax.while_loop(unfinished, step, state)
+    state = (jnp.int32(1), first_B, ends(first_B), fill.at[:, 0].set(first_B), seen_BxV, cache)
+    _, _, _, out_BxM, _, cache = jax.lax.while_loop(unfinished, step, state)
     return out_BxM, cache
 
 

@@ -5,7 +5,6 @@ hole in a mask shifts positions, and both without a word. Tracers, and arrays of
 holds a part only, are taken as they are.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -144,13 +143,11 @@ def text_pairs(given: Any) -> list[tuple[str, str]]:
     return [(context, continuation) for context, continuation in pairs]
 
 
-def numbers(temperature: float = 0.0, **whole: Any) -> None:
-    """Raises ValueError where a count is not a whole number from 1 on, or a temperature is none."""
+def counts(**whole: Any) -> None:
+    """Raises ValueError where one is not a whole number from 1 on."""
     for name, value in whole.items():
         if not _whole(value) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a whole number from 1 on.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature: got {temperature}, expected 0 (greedy) or more.")
 
 
 def _listed(given: Any) -> list[Any] | None:

@@ -41,7 +41,7 @@ def extract(
         )
     if not pairs:
         raise ValueError("pairs: got none, expected at least one (positive, negative).")
-    inputs.numbers(batch_size=batch_size)
+    inputs.counts(batch_size=batch_size)
     positives, negatives = (
         [_span(model, pair[side], position) for pair in pairs] for side in (0, 1)
     )

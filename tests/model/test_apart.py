@@ -14,6 +14,7 @@ import reptune_jax as rt
 from reptune_jax.model import decode
 from reptune_jax.model.cache import init_cache
 from reptune_jax.model.intervene import Steer
+from reptune_jax.model.sampling import Sampling
 from tests.support import tiny
 
 B, T, NEW = 3, 21, 13
@@ -62,7 +63,7 @@ def lowered(model, decoder):
     """The program that continues one prompt."""
     one = jnp.ones((1, 7), jnp.int32)
     cache = init_cache(model.arch, decoder.segments, 1, 7 + NEW, model.dtype)
-    none, cold, key = jnp.array([-1]), jnp.float32(0), jax.random.key(0)
+    none, cold, key = jnp.array([-1]), Sampling(), jax.random.key(0)
     return decode.generate.lower(
         decoder, model.params, one, one, cache, None, none, cold, key, max_new=NEW
     )

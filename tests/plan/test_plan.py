@@ -18,6 +18,7 @@ from reptune_jax.model import decode
 from reptune_jax.model.cache import init_cache
 from reptune_jax.model.prefix import Prefix
 from reptune_jax.model.read import read_at_once
+from reptune_jax.model.sampling import Sampling
 from reptune_jax.model.transformer import whole
 from reptune_jax.plan import abstract
 from tests.support.plan_case import ARCH, BF16, TOPOLOGIES, mesh_for
@@ -68,7 +69,7 @@ def test_cached_decoding_compiles_for_a_tpu(topology):
         cache,
         None,
         shared((1,), jnp.int32),
-        shared((), jnp.float32),
+        Sampling(),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
         max_new=new,
     )
