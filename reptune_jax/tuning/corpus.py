@@ -30,18 +30,20 @@ from reptune_jax.hub import templates
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.lm import Model
 from reptune_jax.tuning import retention
+from reptune_jax.tuning.retention import Texts
 from reptune_jax.vectors import extraction
 from reptune_jax.vectors.answers import SIGNS, persona_prompts
 
 _BUCKET = 16
-_retention: dict[tuple, Retention] = {}
+_texts: dict[tuple, Texts] = {}
 
 
 class Corpus(NamedTuple):
     """All texts of a run: for training, for validation, and retention text for each.
 
     Examples of the run's behaviors lie one after another, `sizes` of each; a step takes `batches`
-    of each. Of `train` only those may be held that a step takes: example i at `place_I[i]`.
+    of each. Of `train` and `retention` only those are held that a step takes: example i at
+    `place_I[i]`, text r at `place_R[r]`.
     """
 
     train: Examples
@@ -51,16 +53,24 @@ class Corpus(NamedTuple):
     sizes: tuple[int, ...]
     batches: tuple[int, ...]
     place_I: np.ndarray | None = None
+    place_R: np.ndarray | None = None
 
     def of_steps(self, seed: int, steps: int) -> "Corpus":
         """Without the examples that no step takes: what the base says of them costs minutes."""
         taken = [min(steps * b, n) for b, n in zip(self.batches, self.sizes, strict=True)]
-        if sum(taken) == sum(self.sizes):
-            return self
         at = np.sort(choose_of_each(self.sizes, taken, seed, 0))  # all within the first epoch
-        place_I = np.full(sum(self.sizes), len(at))
-        place_I[at] = np.arange(len(at))
-        return self._replace(train=jax.tree.map(lambda a: a[at], self.train), place_I=place_I)
+        some = jax.tree.map(lambda a: a[at], self.train)
+        return self._replace(train=some, place_I=_places(at, sum(self.sizes)))
+
+    def retaining(self, train: Texts, val: Texts, seed: int, steps: int, R: int) -> "Corpus":
+        """With the retention text that its steps and its validations take."""
+        at = np.sort(choose(len(train), min(steps * R, len(train)), seed, 0))
+        n = -(-len(self.val.tokens_BxT) // sum(self.batches)) * R
+        return self._replace(
+            retention=train.take(at),
+            place_R=_places(at, len(train)),
+            retention_val=val.take(np.arange(min(n, len(val)))),
+        )
 
     def digest(self) -> str:
         """Identifies what is trained on: hosts with other data must not train together."""
@@ -79,8 +89,8 @@ class Corpus(NamedTuple):
         at = choose_of_each(self.sizes, self.batches, seed, step)
         at = at if self.place_I is None else self.place_I[at]
         chosen, kept = jax.tree.map(lambda a: a[at], self.train), None
-        if self.retention is not None:
-            rows = choose(len(self.retention.tokens_BxT), R, seed, step)
+        if self.retention is not None and self.place_R is not None:
+            rows = self.place_R[choose(len(self.place_R), R, seed, step)]
             kept = jax.tree.map(lambda a: a[rows], self.retention)
         return Batch(chosen, kept)
 
@@ -124,12 +134,23 @@ def make_corpus(c: ConfigDict, workdir: Path, model: Model) -> Corpus:
     corpus = Corpus(
         train=_stack(train, model.pad_id, T),
         val=_stack(val, model.pad_id, T),
-        retention=_retention_of(c, model, "train", T) if retains(c) else None,
-        retention_val=_retention_of(c, model, "val", T) if retains(c) else None,
+        retention=None,
+        retention_val=None,
         sizes=tuple(map(len, train)),
         batches=batches,
     )
-    return corpus.of_steps(c.seed, c.train.steps)
+    corpus = corpus.of_steps(c.seed, c.train.steps)
+    if not retains(c):
+        return corpus
+    texts, val_texts = (_texts_of(c, model, split, T) for split in ("train", "val"))
+    return corpus.retaining(texts, val_texts, c.seed, c.train.steps, c.train.retain_batch)
+
+
+def _places(at: np.ndarray, total: int) -> np.ndarray:
+    """Where each of them is among those `at`; behind the last, the others."""
+    place = np.full(total, len(at))
+    place[at] = np.arange(len(at))
+    return place
 
 
 def _also(c: ConfigDict, one: ConfigDict) -> tuple[ConfigDict, Study]:
@@ -248,13 +269,13 @@ def _matches_persona(c: ConfigDict) -> bool:
     return bool(c.loss.match) and c.loss.goal == "persona"
 
 
-def _retention_of(c: ConfigDict, model: Model, split: str, T: int) -> Retention:
-    """The runs of a study share it, and reading it costs tens of seconds."""
+def _texts_of(c: ConfigDict, model: Model, split: str, T: int) -> Texts:
+    """The runs of a study share them, and what the base reads there."""
     layers = tuple(c.train.layers) if c.loss.l2 else None
     L = c.train.retain_positions
     chats = repr(templates.arguments(model.tokenizer)), c.eval.new_tokens
     key = (model.sha, model.dtype.name, split, T, *chats, L, layers)
-    if key not in _retention:
+    if key not in _texts:
         found = retention.pieces(model, split, T, c.eval.new_tokens)
-        _retention[key] = retention.make_retention(model, found, T, L, layers=layers)
-    return _retention[key]
+        _texts[key] = Texts(model, found, T, L, layers=layers)
+    return _texts[key]

@@ -38,32 +38,53 @@ def pieces(model: Model, split: str, T: int, new_tokens: int) -> list[Piece]:
     ]
 
 
-def make_retention(
-    model: Model,
-    found: Sequence[Piece],
-    T: int,
-    L: int,
-    seed: int = 0,
-    batch: int = 8,
-    layers: tuple[int, int] | None = None,
-) -> Retention:
+class Texts:
     """Padded rows of at most T tokens, L random positions of each, the base's states there.
 
-    With `layers` also the output of blocks [first, stop) there.
+    With `layers` also the output of blocks [first, stop) there. The base reads a row when it is
+    first asked for: a short run takes few of them, and to read all takes minutes.
     """
 
-    def states(tokens_BxT: Any, mask_BxT: Any, at_BxL: Any) -> dict[str, jax.Array]:
-        at_BxLxT = None if layers is None else jax.nn.one_hot(at_BxL, tokens_BxT.shape[1])
-        inputs = model.decoder, model.params, tokens_BxT, mask_BxT
+    def __init__(
+        self,
+        model: Model,
+        found: Sequence[Piece],
+        T: int,
+        L: int,
+        seed: int = 0,
+        batch: int = 8,
+        layers: tuple[int, int] | None = None,
+    ):
+        self.model, self.batch, self.layers = model, batch, layers
+        self.rows = _positions(model, found, T, L, np.random.default_rng(seed))
+        self.read_R = np.zeros(len(found), bool)
+
+    def __len__(self) -> int:
+        return len(self.read_R)
+
+    def take(self, at: np.ndarray) -> Retention:
+        """These rows."""
+        new = np.unique(at[~self.read_R[at]])
+        if len(new):
+            inputs = self.rows.tokens_BxT, self.rows.mask_BxT, self.rows.at_BxL
+            inputs = tuple(a[new] for a in inputs)
+            for name, found in self.model.in_batches(self._states, inputs, self.batch).items():
+                known = getattr(self.rows, name)
+                if known is None:
+                    known = np.zeros((len(self), *found.shape[1:]), found.dtype)
+                    self.rows = dataclasses.replace(self.rows, **{name: known})
+                known[new] = found
+            self.read_R[new] = True
+        return jax.tree.map(lambda a: a[at], self.rows)
+
+    def _states(self, tokens_BxT: Any, mask_BxT: Any, at_BxL: Any) -> dict[str, jax.Array]:
+        at_BxLxT = None if self.layers is None else jax.nn.one_hot(at_BxL, tokens_BxT.shape[1])
+        inputs = self.model.decoder, self.model.params, tokens_BxT, mask_BxT
         got = read_at_once(*inputs, read_BxPxT=at_BxLxT)
         out = {"hidden_BxLxD": jnp.take_along_axis(got.hidden_BxTxD, at_BxL[..., None], axis=1)}
-        if layers is not None:
-            out["residual_BxMxLxD"] = jnp.swapaxes(got.mean_NxBxPxD[slice(*layers)], 0, 1)
+        if self.layers is not None:
+            out["residual_BxMxLxD"] = jnp.swapaxes(got.mean_NxBxPxD[slice(*self.layers)], 0, 1)
         return out
-
-    kept = _positions(model, found, T, L, np.random.default_rng(seed))
-    inputs = kept.tokens_BxT, kept.mask_BxT, kept.at_BxL
-    return dataclasses.replace(kept, **model.in_batches(states, inputs, batch))
 
 
 def _positions(model: Model, found: Sequence[Piece], T: int, L: int, rng: Any) -> Retention:

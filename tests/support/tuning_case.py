@@ -65,7 +65,7 @@ def retention_rows(
         retention.Piece(rng.integers(4, model.arch.V, n).tolist(), 1, own=r % 2 == 1)
         for r, n in enumerate(rng.integers(6, T, R))
     ]
-    return retention.make_retention(model, pieces, T, 5, batch=R, layers=layers)
+    return retention.Texts(model, pieces, T, 5, batch=R, layers=layers).take(np.arange(R))
 
 
 @dataclasses.dataclass

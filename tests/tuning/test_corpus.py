@@ -1,5 +1,6 @@
 """What a run learns from, and that nothing of it is missing."""
 
+import numpy as np
 import pytest
 
 from reptune_jax.data import behavior as behaviors
@@ -52,6 +53,24 @@ def test_only_the_examples_of_its_steps_are_held(steps, held):
         batches = (one.batch(7, step, 0).examples for one in (whole, less))
         tokens, of = zip(*((e.tokens_BxT.tolist(), e.of_B.tolist()) for e in batches), strict=True)
         assert tokens[0] == tokens[1] and of[0] == of[1]
+
+
+class Drawn(list):
+    """Texts of which the base model has nothing to say."""
+
+    def take(self, at):
+        return np.array(self)[at]
+
+
+@pytest.mark.parametrize("steps,held", [(2, 4), (5, 10), (9, 10)])
+def test_only_the_texts_of_its_steps_and_validations_are_read(steps, held):
+    rows = corpus._stack([[corpus.Example([i], [0], [[(1, 1.0)]], (0, 1)) for i in range(7)]], 0, 1)
+    whole = corpus.Corpus(rows, rows, None, None, (7,), (3,))
+    less = whole.retaining(Drawn(range(10)), Drawn(range(20, 30)), 7, steps, 2)
+    assert len(less.retention) == held and less.retention_val.tolist() == [*range(20, 26)]
+    for step in range(steps):
+        got = less.batch(7, step, 2).retention
+        assert got.tolist() == corpus.choose(10, 2, 7, step).tolist()
 
 
 def test_few_rows_are_drawn_by_the_seed(tmp_path):

@@ -118,9 +118,8 @@ def test_dual_loss_and_gradient_are_torchs(changes, model, torch_model):
 def retention_rows(model, torch_model, batch):
     """Rows all of whose tokens count, with the base's states; the same for the reference."""
     ids = [list(range(10 + 7 * r, 22 + 7 * r)) for r in range(3)]
-    keep = retention.make_retention(
-        model, [retention.Piece(i, 1) for i in ids], tuning_case.T, 12, batch=2
-    )
+    pieces = [retention.Piece(i, 1) for i in ids]
+    keep = retention.Texts(model, pieces, tuning_case.T, 12, batch=2).take(np.arange(3))
     tokens = torch.tensor(ids)
     with torch.no_grad():
         base = ref.logits(torch_model, tokens, torch.ones_like(tokens))
