@@ -26,6 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.cosine = 8.0
     c.loss.center = True
     c.loss.retain = 1.0
+    c.loss.ending = 0.0  # a verdict is one token: there is no going on to hold
     c.train.layers = (8, 16)
     c.train.steps = 150
     c.train.batch = 8
@@ -55,14 +56,14 @@ def quick(c: ConfigDict) -> ConfigDict:
     """The + side of fewer arms, steps and claims, one seed."""
     c.model = "Qwen/Qwen2.5-0.5B-Instruct"
     c.vector.pairs = 24
-    c.train.steps = 30
+    c.train.steps = 24
     c.train.batch = 4
     c.train.retain_batch = 1
     c.train.lr = 1e-4
-    c.train.eval_every = 15
+    c.train.eval_every = 12
     c.train.val_rows = 16
-    c.eval.claims = 48
-    c.eval.scenarios = 12
+    c.eval.claims = 32
+    c.eval.scenarios = 8
     c.eval.documents = 4
     c.study.arms = ("base", "token", "dual", "random")
     c.study.signs = (1,)
