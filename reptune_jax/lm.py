@@ -104,7 +104,7 @@ class Model:
     ) -> Output:
         """Full forward. `mask_BxT` is 1 on real tokens, padding on either side."""
         tokens_BxT, mask_BxT = inputs.token_arrays(tokens_BxT, mask_BxT, self.arch.V)
-        steer = as_steer(steer, self.arch, *tokens_BxT.shape)
+        steer = self.as_steer(steer, *tokens_BxT.shape)
         logits, residual = _forward(
             self.decoder, self.params, tokens_BxT, mask_BxT, steer, capture=capture
         )
@@ -184,7 +184,7 @@ class Model:
             self.params,
             *meshes.put_rows((tokens_BxT, mask_BxT), self.mesh),
             make_cache(self.arch, B, T + max_new, self.dtype),
-            as_steer(steer, self.arch, B, T + 1),
+            self.as_steer(steer, B, T + 1),
             jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
             jnp.float32(temperature),
             jax.random.key(seed),
@@ -239,7 +239,7 @@ class Model:
                 self.params,
                 prefix,
                 *meshes.put_rows((tokens, mask, np.resize(starts_B - P, len(tokens))), self.mesh),
-                as_steer(steer, self.arch, *tokens.shape),
+                self.as_steer(steer, *tokens.shape),
                 L=-(-max(len(ids[r]) - starts[r] for r in rows) // BUCKET) * BUCKET,
             )
             found = zip(rows, meshes.fetch(logp_B), meshes.fetch(greedy_B), strict=False)
@@ -270,13 +270,19 @@ class Model:
             prefix, P = self.split_prefix(batch, min(map(len, batch)) - 1, steer)
             tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)
             candidates = candidates_IxC[np.resize(rows, len(tokens))]
-            steer_B = as_steer(steer, self.arch, *tokens.shape)
+            steer_B = self.as_steer(steer, *tokens.shape)
             placed = meshes.put_rows((tokens, mask, candidates), self.mesh)
             logp = score.candidates(self.decoder, self.params, prefix, *placed, steer_B)
             out_IxC[rows] = meshes.fetch(logp)[: len(rows)]
         if not missing:
             self.check_finite(np.isfinite(out_IxC).all(1), "scores", steer)
         return np.where(np.isfinite(out_IxC), out_IxC, np.nan)
+
+    def as_steer(self, steer: Steerable | Steer | None, B: int, T: int) -> Steer | None:
+        """`steer` for a [B, T] batch; a vector that was read from other weights is said to be."""
+        if hasattr(steer, "note_model"):
+            steer.note_model(self)
+        return as_steer(steer, self.arch, B, T)
 
     def check_finite(self, finite_I: Any, what: str, steer: Any = None) -> None:
         """Raises ValueError, naming the model and its type, where a number of `what` is not."""
@@ -300,7 +306,7 @@ class Model:
         P = shared_length(rows, most)
         if P == 0:
             return None, 0
-        return Prefix(np.array([rows[0][:P]], np.int32), as_steer(steer, self.arch, 1, P)), P
+        return Prefix(np.array([rows[0][:P]], np.int32), self.as_steer(steer, 1, P)), P
 
     @property
     def pad_id(self) -> int:

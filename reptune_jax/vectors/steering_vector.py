@@ -9,17 +9,21 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from reptune_jax import ending
+from reptune_jax.console import note
 from reptune_jax.hub.safetensors_io import save_file
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Probe, Steer, steer_all
 from reptune_jax.reading import parse_json, reading, short
+
+if TYPE_CHECKING:
+    from reptune_jax.lm import Model
 
 _FORMAT = "reptune_jax.vector.2"
 _AGAIN = "Run `extract` again."
@@ -159,6 +163,16 @@ class SteeringVector:
             raise ValueError(
                 f"vector: got one made on {self.meta.get('model')} ({made_on}), expected one made "
                 f"on {name} ({model_sha}). Extract it on this model."
+            )
+
+    def note_model(self, model: "Model") -> None:
+        """Says so where `check_model` would refuse: in the library the same shape is enough."""
+        made_on = self.meta.get("model_sha")
+        if made_on and made_on != model.sha:
+            note(
+                f"vector: made on {self.meta.get('model')} ({made_on}), used on {model.name} "
+                f"({model.sha}), which has other weights: there it may mean nothing. Extract it on "
+                "this model, unless the two differ in how they are stored only."
             )
 
     def check_directions(self, name: str) -> None:
