@@ -280,8 +280,8 @@ class Model:
 
     def as_steer(self, steer: Steerable | Steer | None, B: int, T: int) -> Steer | None:
         """`steer` for a [B, T] batch; a vector that was read from other weights is said to be."""
-        if hasattr(steer, "note_model"):
-            steer.note_model(self)
+        if note_model := getattr(steer, "note_model", None):
+            note_model(self)
         return as_steer(steer, self.arch, B, T)
 
     def check_finite(self, finite_I: Any, what: str, steer: Any = None) -> None:
