@@ -96,7 +96,8 @@ def read(path: Path, n_layers: int | None = None) -> Fields:
 
 def _fields(found: Rows, n_layers: int | None) -> Fields:
     """Layers with a direction, in the shape of a vector of ours."""
-    rows = {l: np.asarray(row, np.float32) for l, row in sorted(found.rows.items())}
+    with np.errstate(over="ignore"):  # what overflows is refused by name
+        rows = {l: np.asarray(row, np.float32) for l, row in sorted(found.rows.items())}
     shapes = {l: row.shape for l, row in rows.items()}
     if not rows or len(set(shapes.values())) > 1 or len(next(iter(shapes.values()))) != 1:
         raise ValueError(f"got directions of shapes {short(shapes)}, expected [D] at each layer.")
@@ -290,8 +291,14 @@ def _write_layers(path: Path, vector: "SteeringVector") -> None:
 
 
 def _read_npz(path: Path, _: int | None) -> Rows:
-    with reading(path, _AGAIN), np.load(path, allow_pickle=False) as found:
-        tensors = {name: found[name] for name in found.files}
+    with path.open("rb") as file, reading(path, _AGAIN):
+        try:
+            found = np.load(file, allow_pickle=False)
+            tensors = {name: found[name] for name in found.files}
+        except ValueError as e:
+            if "pickle" in str(e):  # numpy advises to load it nevertheless
+                raise ValueError("holds pickled objects, expected arrays of numbers.") from None
+            raise
         about = parse_json(str(tensors.pop(_OURS, "{}")), path, _AGAIN)
         return _named(tensors, about)
 
