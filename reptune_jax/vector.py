@@ -137,13 +137,16 @@ def merge(paths: Sequence[Path], to: Path, weights: str = "", format: str = "") 
             dataclasses.replace(v, directions_NxD=v.dose_NxD, meta=v.meta | {"norm": "raw"})
             for v in vectors
         ]
-    total = scales[0] * vectors[0]
-    for w, vector in zip(scales[1:], vectors[1:], strict=True):
+    parts = list(zip(scales, vectors, strict=True))
+    # What is known of a sum is what its first part knows.
+    (w, vector), *others = sorted(parts, key=lambda part: len(part[1].meta.get("unknown", ())))
+    total = w * vector
+    for w, vector in others:
         total = total + w * vector
     about = {k: v for k, v in total.meta.items() if k not in _OF_ONE}
     merged = [
         {"digest": v.digest, "weight": w, **{k: v.meta[k] for k in _OF_ONE[2:] if k in v.meta}}
-        for w, v in zip(scales, vectors, strict=True)
+        for w, v in parts
     ]
     about |= {"method": "merge", "merged": merged}
     dataclasses.replace(total, meta=about).save(to, format)

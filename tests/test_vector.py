@@ -112,6 +112,12 @@ def test_merge_is_the_weighted_sum_of_what_doses_add(files):
         (0.5, "cheer"),
         (-2, "cheer"),
     ]
+    dataclasses.replace(a, meta={}).save(folder / "bare.pt")  # says nothing but its directions
+    run(folder, "merge", "bare.pt", "a.safetensors", "n.safetensors", weights="1,-3")
+    found = rt.SteeringVector.load(folder / "n.safetensors")
+    np.testing.assert_allclose(found.dose_NxD, -2 * a.dose_NxD, rtol=1e-5)
+    assert found.meta["model_sha"] == "abc" and "unknown" not in found.meta
+    (folder / "n.safetensors").unlink()
     steering_case.make_vector(model="org/y", model_sha="other").save(folder / "y.safetensors")
     with pytest.raises(ValueError, match=r"made on org/y \(other\), expected .*org/x \(abc\)"):
         run(folder, "merge", "a.safetensors", "y.safetensors", "n.safetensors")
