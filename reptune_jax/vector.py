@@ -31,10 +31,7 @@ from reptune_jax.hub import weights as model_weights
 from reptune_jax.hub.side_files import public_name
 from reptune_jax.report.style import STYLE
 from reptune_jax.vectors import formats
-from reptune_jax.vectors.steering_vector import SteeringVector
-
-_OF_ONE = ("agreement", "pairs", "data_sha", "behavior", "behavior_sha")  # not of a sum
-
+from reptune_jax.vectors.steering_vector import MADE_OF, SteeringVector
 
 # ---------------------------------------------------------------- what the programs do
 
@@ -143,13 +140,12 @@ def merge(paths: Sequence[Path], to: Path, weights: str = "", format: str = "") 
     total = w * vector
     for w, vector in others:
         total = total + w * vector
-    about = {k: v for k, v in total.meta.items() if k not in _OF_ONE}
     merged = [
-        {"digest": v.digest, "weight": w, **{k: v.meta[k] for k in _OF_ONE[2:] if k in v.meta}}
+        {"digest": v.digest, "weight": w, **{k: v.meta[k] for k in MADE_OF[:3] if k in v.meta}}
         for w, v in parts
     ]
-    about |= {"method": "merge", "merged": merged}
-    dataclasses.replace(total, meta=about).save(to, format)
+    about = {"method": "merge", "merged": merged}
+    dataclasses.replace(total, meta=total.meta | about).save(to, format)
     say(f"{' + '.join(f'{w:g} x {p}' for w, p in zip(scales, paths, strict=True))} -> {to}")
 
 
@@ -169,7 +165,8 @@ def plot(paths: Sequence[Path], to: Path) -> None:
             layers = list(v.layers)
             norm.plot(layers, np.linalg.norm(v.dose_NxD[layers], axis=1), ".-", label=path.name)
             agreement.plot(layers, [_agreement(v)[l] for l in layers], ".-")
-            pairs = _compared(v, vectors[0])
+            compared = v is not vectors[0] or len(vectors) == 1
+            pairs = _compared(v, vectors[0]) if compared else {}
             cosine.plot(list(pairs), list(pairs.values()), ".-")
         norm.set_ylabel("length of a dose of 1")
         norm.legend()

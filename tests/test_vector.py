@@ -107,7 +107,7 @@ def test_merge_is_the_weighted_sum_of_what_doses_add(files):
     want = 0.5 * b.dose_NxD - 2 * a.at([1, 2]).dose_NxD
     np.testing.assert_allclose(found.dose_NxD, want, rtol=1e-5)
     assert (found.layers, found.meta["norm"], found.meta["method"]) == ((1, 2, 3), "raw", "merge")
-    assert "behavior" not in found.meta and "agreement" not in found.meta
+    assert found.meta["behavior"] == "cheer" and "agreement" not in found.meta
     assert [(m["weight"], m["behavior"]) for m in found.meta["merged"]] == [
         (0.5, "cheer"),
         (-2, "cheer"),

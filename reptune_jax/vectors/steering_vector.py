@@ -23,6 +23,9 @@ from reptune_jax.vectors import formats, own_file
 if TYPE_CHECKING:
     from reptune_jax.lm import Model
 
+# Not said of a sum, unless both say it
+MADE_OF = ("behavior", "behavior_sha", "data_sha", "pairs", "agreement")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SteeringVector:
@@ -89,7 +92,8 @@ class SteeringVector:
                 "Add `v.unit() + w.unit()`, or two raw vectors."
             )
         layers = tuple(sorted({*self.layers, *other.layers}))
-        both = dataclasses.replace(self, layers=layers)
+        about = {k: v for k, v in self.meta.items() if k not in MADE_OF or other.meta.get(k) == v}
+        both = dataclasses.replace(self, layers=layers, meta=about)
         return both._with(self.directions_NxD + other.directions_NxD)
 
     def at(self, layers: int | Sequence[int]) -> "SteeringVector":

@@ -48,6 +48,10 @@ def test_arithmetic():
     both = v + w
     np.testing.assert_array_equal(both.directions_NxD, v.directions_NxD + w.directions_NxD)
     assert both.layers == (1, 2, 3)
+    told = make_vector(0, model="m", behavior="b", agreement=[0.5] * 4)
+    assert (told + make_vector(1, behavior="b", agreement=[0.1] * 4)).meta == {
+        "norm": "raw", "model": "m", "behavior": "b",
+    }  # fmt: skip
     assert (v * 1.5).directions_NxD.dtype == np.float32
     np.testing.assert_array_equal(v.directions_NxD, make_vector(0, [1, 2]).directions_NxD)  # intact
 
