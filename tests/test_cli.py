@@ -188,7 +188,10 @@ def test_the_run_that_stands_for_a_study(tmp_path: Path, capsys) -> None:
         (["train", "--config=sentimnt", "--workdir=w"], "Did you mean 'sentiment'"),
         (["train", "--config=sentiment:slow", "--workdir=w"], "got 'slow', expected nothing"),
         (["train", "--config=sentiment", "--wrkdir=w"], "wrkdir"),
-        (["train", "--config=honesty:slow", "--workdir=w"], "honesty.py:slow: get_config() takes"),
+        (
+            ["train", "--config=honesty:slow", "--workdir=w"],
+            "got 'slow', expected nothing or 'quick'",
+        ),
         (["extract", "--config=sentiment", "--workdir="], "--workdir: got '', nothing, expected"),
         (
             ["study", "--config=sentiment", f"--workdir={__file__}"],
@@ -201,6 +204,8 @@ def test_the_run_that_stands_for_a_study(tmp_path: Path, capsys) -> None:
         (["report"], "expected one study folder"),
         (["convert", "--to=x"], "--from"),
         (["convert", "--from=gone.gguf", "--to=x"], "does not exist"),
+        (["vector", "join", "a.gguf"], "expected one of convert, info, diff, merge, plot"),
+        (["vector", "convert", "gone.gguf", "x.svec"], "gone.gguf: no such file"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_no_traceback(words, message, tmp_path, monkeypatch) -> None:
@@ -208,6 +213,13 @@ def test_what_is_wrong_is_one_line_and_no_traceback(words, message, tmp_path, mo
     code, _, err = run(*words)
     assert code == 1 and err.count("\n") == 1 and err.startswith("error: ") and message in err, err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_takes_no_argument_says_so_with_its_name(tmp_path) -> None:
+    path = tmp_path / "plain.py"
+    path.write_text("def get_config():\n    return None\n")
+    code, _, err = run("train", f"--config={path}:slow", f"--workdir={tmp_path}/w")
+    assert code == 1 and f"{path}:slow: get_config() takes" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize(
