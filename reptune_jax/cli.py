@@ -24,6 +24,7 @@ PROGRAMS = {
     "capability": "reptune_jax.evals.capability",
     "recipe": "reptune_jax.recipe",
     "convert": "reptune_jax.convert",
+    "vector": "reptune_jax.vector",
     "report": "reptune_jax.report",
     "chat": "reptune_jax.chat",
     "plan": "reptune_jax.plan",

@@ -30,7 +30,7 @@ from reptune_jax.model.intervene import Steer, Steerable, as_steer
 from reptune_jax.model.padding import BUCKET, batches_by_length, pad
 from reptune_jax.model.prefix import Prefix, shared_length
 from reptune_jax.model.read import read
-from reptune_jax.model.sampling import Sampling
+from reptune_jax.model.sampling import Sampling, sampled
 from reptune_jax.model.transformer import Decoder, unembed, whole
 
 
@@ -47,7 +47,6 @@ class Model:
     """A chat model; see `load`. `config` is the raw config.json, kept for the export.
 
     `files` is the folder whose tokenizer, license and so on go with an export; None: made anew.
-    `sampling` is what its generation_config.json says of it.
     Methods raise ValueError for what no model can read, and for numbers that are not finite.
     """
 
@@ -60,7 +59,7 @@ class Model:
     stop_ids: tuple[int, ...]
     spelling: weights.Spelling = weights.AS_TABLED
     files: Path | None = None
-    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # as it declares it
 
     def __repr__(self) -> str:
         a, size = self.arch, sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -107,7 +106,7 @@ class Model:
     ) -> Output:
         """Full forward. `mask_BxT` is 1 on real tokens, padding on either side."""
         tokens_BxT, mask_BxT = inputs.token_arrays(tokens_BxT, mask_BxT, self.arch.V)
-        steer = as_steer(steer, self.arch, *tokens_BxT.shape)
+        steer = self.as_steer(steer, *tokens_BxT.shape)
         logits, residual = _forward(
             self.decoder, self.params, tokens_BxT, mask_BxT, steer, capture=capture
         )
@@ -129,12 +128,11 @@ class Model:
         """Continues each prompt (text, or chat messages); greedy at temperature 0.
 
         `chat` renders a text prompt as one user turn. Steering applies to prompt and new tokens.
-        Above temperature 0, what is not given of the last three is as generation_config.json says.
+        Of the last three, None is as generation_config.json says above temperature 0, else none.
         """
         prompts = inputs.prompts(prompts)
-        asked = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-        given = {name: value for name, value in asked.items() if value is not None}
-        how = Sampling.of(temperature, **({**self.sampling} if temperature else {}) | given)
+        given = {"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+        how = Sampling.of(temperature, **sampled(self.sampling if temperature else {}, given))
         ids = [self.encode_prompt(prompt, chat) for prompt in prompts]
         if chat:
             text.warn_of_rendered(self.tokenizer, [p for p in prompts if isinstance(p, str)])
@@ -198,7 +196,7 @@ class Model:
             self.params,
             *meshes.put_rows((tokens_BxT, mask_BxT), self.mesh),
             make_cache(self.arch, decoder.segments, B, T + max_new, self.dtype),
-            as_steer(steer, self.arch, B, T + 1),
+            self.as_steer(steer, B, T + 1),
             jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
             how,
             jax.random.key(seed),
@@ -253,7 +251,7 @@ class Model:
                 self.params,
                 prefix,
                 *meshes.put_rows((tokens, mask, np.resize(starts_B - P, len(tokens))), self.mesh),
-                as_steer(steer, self.arch, *tokens.shape),
+                self.as_steer(steer, *tokens.shape),
                 L=-(-max(len(ids[r]) - starts[r] for r in rows) // BUCKET) * BUCKET,
             )
             found = zip(rows, meshes.fetch(logp_B), meshes.fetch(greedy_B), strict=False)
@@ -284,13 +282,19 @@ class Model:
             prefix, P = self.split_prefix(batch, min(map(len, batch)) - 1, steer)
             tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)
             candidates = candidates_IxC[np.resize(rows, len(tokens))]
-            steer_B = as_steer(steer, self.arch, *tokens.shape)
+            steer_B = self.as_steer(steer, *tokens.shape)
             placed = meshes.put_rows((tokens, mask, candidates), self.mesh)
             logp = score.candidates(self.decoder, self.params, prefix, *placed, steer_B)
             out_IxC[rows] = meshes.fetch(logp)[: len(rows)]
         if not missing:
             self.check_finite(np.isfinite(out_IxC).all(1), "scores", steer)
         return np.where(np.isfinite(out_IxC), out_IxC, np.nan)
+
+    def as_steer(self, steer: Steerable | Steer | None, B: int, T: int) -> Steer | None:
+        """`steer` for a [B, T] batch; a vector that was read from other weights is said to be."""
+        if note_model := getattr(steer, "note_model", None):
+            note_model(self)
+        return as_steer(steer, self.arch, B, T)
 
     def check_finite(self, finite_I: Any, what: str, steer: Any = None) -> None:
         """Raises ValueError, naming the model and its type, where a number of `what` is not."""
@@ -314,7 +318,7 @@ class Model:
         P = shared_length(rows, most)
         if P == 0:
             return None, 0
-        return Prefix(np.array([rows[0][:P]], np.int32), as_steer(steer, self.arch, 1, P)), P
+        return Prefix(np.array([rows[0][:P]], np.int32), self.as_steer(steer, 1, P)), P
 
     @property
     def pad_id(self) -> int:

@@ -88,7 +88,8 @@ def test_every_program_says_its_version_and_what_it_is(name: str) -> None:
     assert (code, out.strip(), err) == (0, f"reptune_jax {rt.__version__}", "")
     code, out, err = run(name, "--help", "--config=no/such.py")
     assert (code, err) == (0, "") and cli.summary(cli.PROGRAMS[name]) in out
-    assert "--from" in out if name == "convert" else "--config" in out or "--workdir" in out
+    own = {"convert": "--from", "vector": "--layers"}
+    assert own.get(name, "--config") in out or (name == "report" and "--workdir" in out)
 
 
 def test_shipped_configs_are_found_by_name_with_their_argument() -> None:
@@ -187,7 +188,10 @@ def test_the_run_that_stands_for_a_study(tmp_path: Path, capsys) -> None:
         (["train", "--config=sentimnt", "--workdir=w"], "Did you mean 'sentiment'"),
         (["train", "--config=sentiment:slow", "--workdir=w"], "got 'slow', expected nothing"),
         (["train", "--config=sentiment", "--wrkdir=w"], "wrkdir"),
-        (["train", "--config=honesty:slow", "--workdir=w"], "honesty.py:slow: get_config() takes"),
+        (
+            ["train", "--config=honesty:slow", "--workdir=w"],
+            "got 'slow', expected nothing or 'quick'",
+        ),
         (["extract", "--config=sentiment", "--workdir="], "--workdir: got '', nothing, expected"),
         (
             ["study", "--config=sentiment", f"--workdir={__file__}"],
@@ -200,6 +204,8 @@ def test_the_run_that_stands_for_a_study(tmp_path: Path, capsys) -> None:
         (["report"], "expected one study folder"),
         (["convert", "--to=x"], "--from"),
         (["convert", "--from=gone.gguf", "--to=x"], "does not exist"),
+        (["vector", "join", "a.gguf"], "expected one of convert, info, diff, merge, plot"),
+        (["vector", "convert", "gone.gguf", "x.svec"], "gone.gguf: no such file"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_no_traceback(words, message, tmp_path, monkeypatch) -> None:
@@ -207,6 +213,13 @@ def test_what_is_wrong_is_one_line_and_no_traceback(words, message, tmp_path, mo
     code, _, err = run(*words)
     assert code == 1 and err.count("\n") == 1 and err.startswith("error: ") and message in err, err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_takes_no_argument_says_so_with_its_name(tmp_path) -> None:
+    path = tmp_path / "plain.py"
+    path.write_text("def get_config():\n    return None\n")
+    code, _, err = run("train", f"--config={path}:slow", f"--workdir={tmp_path}/w")
+    assert code == 1 and f"{path}:slow: get_config() takes" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize(

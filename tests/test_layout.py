@@ -39,7 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("report",),
     ("cards",),
-    ("train", "extract", "convert", "chat"),
+    ("train", "extract", "convert", "vector", "chat"),
     ("recipe",),
     ("study",),
     ("__init__", "__main__", "cli"),

@@ -58,6 +58,11 @@ def _may(name: str, value: Any) -> bool:
     return number and math.isfinite(value) and _MAY[name][0](value)
 
 
+def sampled(own: Mapping[str, float], given: Mapping[str, float | None]) -> dict[str, float]:
+    """What is given, and a model's own for what is not."""
+    return {**own, **{name: value for name, value in given.items() if value is not None}}
+
+
 def seen(sampling: Sampling, tokens_BxT: jax.Array, mask_BxT: jax.Array, V: int) -> Any:
     """[B, V]: the tokens of each row that a penalty meets; None without one."""
     if sampling.repetition_penalty is None:

@@ -38,6 +38,7 @@ def bake(model: Model, vector: SteeringVector, mode: str = "add") -> Model:
         more than one direction to ablate; or the vector does not fit.
     """
     vector.check_shape(model.arch.N, model.arch.D)
+    vector.note_model(model)
     if mode == "add":
         return _add(model, vector)
     if mode == "ablate":

@@ -3,6 +3,8 @@
 Only [N, B, D] at the chosen positions leaves the forward pass, and stays on the device.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from reptune_jax import mesh as meshes
 from reptune_jax.console import say
+from reptune_jax.hub import templates
 from reptune_jax.hub.side_files import public_name
 from reptune_jax.lm import Model
 from reptune_jax.model.padding import batches_by_length, pad
@@ -55,7 +58,13 @@ def make_vector(
     read = np.concatenate([meshes.fetch(ok_B) for ok_B in finite])
     order = np.argsort([r for rows in batches for r in rows])
     model.check_finite(read[order], "pairs")
-    about = {"model": public_name(model.name), "model_sha": model.sha}
+    about = {
+        "model": public_name(model.name),
+        "model_sha": model.sha,
+        "model_type": model.config["model_type"],
+        "template": templates.template_sha(model.tokenizer),
+        "data_sha": hashlib.sha256(json.dumps(both).encode()).hexdigest()[:16],
+    }
     return fold.finish(kept, about | meta)
 
 

@@ -69,8 +69,8 @@ def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVect
     """Captures both classes and makes a vector; unit length if the config says so."""
     meta = {
         "behavior": behavior.name,  # no path: the file may be given away
+        "behavior_sha": behavior.digest,
         "position": c.vector.position,
-        "template": templates.template_sha(model.tokenizer),
         "template_arguments": templates.freeze(model.tokenizer),
         "correct_only": c.vector.correct_only,
     }

@@ -79,7 +79,9 @@ def _mean_difference(sums: Sums, meta: dict[str, Any]) -> SteeringVector:
         "method": "mean_diff",
         "norm": "raw",
         "pairs": n,
-        "layer_convention": "output of 0-based block l = hidden_states[l+1]",
+        "operation": "add",
+        "hook": "residual stream, output of block l = hidden_states[l+1]",
+        "layer_base": 0,
         "agreement": [None if a is None else round(float(a), 4) for a in agreement_N],
     }
     return SteeringVector(

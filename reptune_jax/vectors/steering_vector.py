@@ -5,25 +5,26 @@ Layer l is the output of 0-based block l (Hugging Face `hidden_states[l+1]`).
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from reptune_jax import ending
-from reptune_jax.hub.safetensors_io import save_file
+from reptune_jax.console import note
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.intervene import Probe, Steer, steer_all
-from reptune_jax.reading import parse_json, reading, short
+from reptune_jax.reading import reading
+from reptune_jax.vectors import formats, own_file
 
-_FORMAT = "reptune_jax.vector.2"
-_AGAIN = "Run `extract` again."
-_BEFORE = "reptune_jax.vector.1"  # position `all` counted the first token, and so did its norms
+if TYPE_CHECKING:
+    from reptune_jax.lm import Model
+
+# Not said of a sum, unless both say it
+MADE_OF = ("behavior", "behavior_sha", "data_sha", "pairs", "agreement")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +92,8 @@ class SteeringVector:
                 "Add `v.unit() + w.unit()`, or two raw vectors."
             )
         layers = tuple(sorted({*self.layers, *other.layers}))
-        both = dataclasses.replace(self, layers=layers)
+        about = {k: v for k, v in self.meta.items() if k not in MADE_OF or other.meta.get(k) == v}
+        both = dataclasses.replace(self, layers=layers, meta=about)
         return both._with(self.directions_NxD + other.directions_NxD)
 
     def at(self, layers: int | Sequence[int]) -> "SteeringVector":
@@ -110,7 +112,12 @@ class SteeringVector:
         return dataclasses.replace(self._with(directions_NxD), layers=kept)
 
     def unit(self) -> "SteeringVector":
-        """Every layer's direction at length 1; a dose is then relative to the residual norm."""
+        """Every layer's direction at length 1; a dose is then relative to the residual norm.
+
+        Raises:
+          ValueError: the norms are unknown, as those of most files of other tools are.
+        """
+        self._need("residual_norm")
         norm_N = np.linalg.norm(self.directions_NxD, axis=1, keepdims=True)
         unit = self._with(self.directions_NxD / np.where(norm_N > 0, norm_N, 1))
         return dataclasses.replace(unit, meta={**self.meta, "norm": "unit"})
@@ -141,11 +148,27 @@ class SteeringVector:
 
     def probe(self, center: bool = False) -> Probe:
         """For cosines with this vector: of the raw residual (the paper), or from the class mean."""
+        if center:
+            self._need("mean")
         origin = self.mean_NxD if center else np.zeros_like(self.mean_NxD)
         return Probe(jnp.asarray(self.directions_NxD), jnp.asarray(origin))
 
+    def _need(self, part: str) -> None:
+        if part in self.meta.get("unknown", ()):
+            raise ValueError(
+                f"vector: got one whose {part} is unknown, as it was read from another tool's "
+                "file, expected it known. Use the vector raw, or extract it on the model."
+            )
+
     def check_shape(self, N: int, D: int) -> None:
+        """Raises ValueError where the vector is not of a model of N layers and width D."""
         if self.directions_NxD.shape != (N, D):
+            padded = "n_layers" in self.meta.get("unknown", ()) and len(self.directions_NxD) < N
+            if padded and self.directions_NxD.shape[1] == D:
+                raise ValueError(
+                    f"vector: got one from a file that does not say how many layers its model has, "
+                    f"expected {N}. Load it with n_layers={N}."
+                )
             raise ValueError(
                 f"vector: got {list(self.directions_NxD.shape)} [layers, width] made on "
                 f"{self.meta.get('model', 'another model')}, expected [{N}, {D}]. "
@@ -161,6 +184,16 @@ class SteeringVector:
                 f"on {name} ({model_sha}). Extract it on this model."
             )
 
+    def note_model(self, model: "Model") -> None:
+        """Says so where `check_model` would refuse: in the library the same shape is enough."""
+        made_on = self.meta.get("model_sha")
+        if made_on and made_on != model.sha:
+            note(
+                f"vector: made on {self.meta.get('model')} ({made_on}), used on {model.name} "
+                f"({model.sha}), which has other weights: there it may mean nothing. Extract it on "
+                "this model, unless the two differ in how they are stored only."
+            )
+
     def check_directions(self, name: str) -> None:
         """Raises ValueError where one of its layers has no direction: that would steer nothing."""
         zero = [l for l in self.layers if not np.any(self.directions_NxD[l])]
@@ -170,102 +203,39 @@ class SteeringVector:
                 "layer that the vector names. A dose of 0 is for steering; keep the vector itself."
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file whose metadata says all that is known of the vector.
+    def save(self, path: str | os.PathLike[str], format: str = "") -> None:
+        """Writes the file of one of `formats.FORMATS`; without `format`, as the name's end says.
+
+        `.safetensors` holds all that is known of the vector. Others hold what a dose of 1 adds:
+        `.gguf` for llama.cpp and repeng, `.svec`, `.pt` for lm-eval, `.npz` a tensor a layer.
 
         Raises:
-          ValueError: a zero direction, which `load` would refuse.
+          ValueError: a zero direction, which `load` would refuse; an unknown ending; in a `.gguf`
+            layer 0, or a vector that does not say its model's type.
         """
         self.check_directions(f"{path}")
         path = Path(path)
-        tensors = {
-            "directions": np.ascontiguousarray(self.directions_NxD, np.float32),
-            "residual_norm": np.ascontiguousarray(self.residual_norm_N, np.float32),
-            "mean": np.ascontiguousarray(self.mean_NxD, np.float32),
-        }
-        about = {
-            "format": _FORMAT,
-            "layers": json.dumps(self.layers),
-            "meta": json.dumps(self.meta),
-        }
+        chosen = formats.choose(path, format)
         with ending.whole(path) as scratch:
-            save_file(tensors, scratch, about)
+            chosen.write(scratch, self)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "SteeringVector":
-        """Reads what `save` wrote.
+    def load(cls, path: str | os.PathLike[str], n_layers: int | None = None) -> "SteeringVector":
+        """Reads a vector file of any of `formats.FORMATS`.
+
+        Those of other tools do not say how many layers their model has: `n_layers` does.
 
         Raises:
           ValueError: not a vector file, a damaged one, one of other norms than today's; numbers
-            that are not finite, or a zero direction.
+            that are not finite, or a zero direction; layers that the model does not have.
         """
-        try:
-            with safe_open(path, "numpy") as f:
-                about = f.metadata() or {}
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except (SafetensorError, TypeError, ValueError) as e:
-            raise ValueError(
-                f"{path}: not a readable safetensors file ({e}). Run `extract` again."
-            ) from None
-        if about.get("format") not in (_FORMAT, _BEFORE):
-            raise ValueError(
-                f"{path}: got format {about.get('format')!r}, expected {_FORMAT!r}. "
-                "This file is not a behavior vector; make one with `python -m reptune_jax.extract`."
-            )
-        if absent := sorted({"directions", "residual_norm", "mean"} - tensors.keys()):
-            raise ValueError(f"{path}: lacks {', '.join(absent)}. Run `extract` again.")
-        with reading(path, _AGAIN):
-            meta, layers = parse_json(about["meta"], path, _AGAIN), json.loads(about["layers"])
-            _check_meta(meta)
-            if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
-                raise ValueError(f"got layers {short(layers)}, expected numbers of layers.")
-            if sorted(set(layers)) != layers:
-                raise ValueError(f"got layers {short(layers)}, expected each once, in order.")
-        if about["format"] == _BEFORE and meta.get("position") == "all":
-            raise ValueError(
-                f"{path}: got a vector of an earlier version whose norms and directions hold the "
-                "first token, many times as long as others, expected one without it. Run "
-                "`extract` again."
-            )
-        arrays = tensors["directions"], tensors["residual_norm"], tensors["mean"]
-        with reading(path, _AGAIN):
-            vector = cls(*arrays, tuple(layers), meta)
-            _check_arrays(*arrays)
+        path = Path(path)
+        fields = formats.read(path, n_layers)
+        with reading(path, "Run `extract` again."):
+            vector = cls(*fields)
+            own_file.check_arrays(fields)
         vector.check_directions(f"{path}")
         return vector
 
     def _with(self, directions_NxD: np.ndarray) -> "SteeringVector":
         return dataclasses.replace(self, directions_NxD=directions_NxD.astype(np.float32))
-
-
-def _check_meta(meta: dict[str, Any]) -> None:
-    """Raises ValueError where what is read of it later is not as `save` writes it."""
-    agreement, given = meta.get("agreement"), meta.get("template_arguments", {})
-    numbers = agreement is None or isinstance(agreement, list)
-    if numbers and agreement:
-        numbers = all(a is None or (type(a) in (int, float) and abs(a) < 2) for a in agreement)
-    texts = (meta.get(key, "") for key in ("model", "model_sha", "method", "position", "template"))
-    fits = {
-        "norm": meta.get("norm", "raw") in ("raw", "unit"),
-        "agreement": numbers,
-        "template_arguments": isinstance(given, dict),
-        "model, method or position": all(isinstance(text, str) for text in texts),
-    }
-    if wrong := [key for key, good in fits.items() if not good]:
-        raise ValueError(f"got other values of {wrong[0]} in its meta than `extract` writes.")
-
-
-def _check_arrays(
-    directions_NxD: np.ndarray, residual_norm_N: np.ndarray, mean_NxD: np.ndarray
-) -> None:
-    """Raises ValueError for other types, and for lengths that no model's residuals have."""
-    arrays = directions_NxD, residual_norm_N, mean_NxD
-    if any(array.dtype != np.float32 for array in arrays):
-        found = ", ".join(array.dtype.name for array in arrays)
-        raise ValueError(f"got {found}, expected float32 directions, norms and means.")
-    with np.errstate(over="ignore", invalid="ignore"):
-        for what, array in (("directions", directions_NxD), ("means", mean_NxD)):
-            if array.ndim == 2 and np.isinf(np.square(array).sum(1)).any():
-                raise ValueError(f"got {what} whose length float32 cannot hold, expected smaller.")
-    if (residual_norm_N <= 0).any():
-        raise ValueError("got a residual norm that is not above 0, expected means of lengths.")

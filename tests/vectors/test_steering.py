@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import reptune_jax as rt
 from reptune_jax import lm
+from reptune_jax.hub import templates
 from reptune_jax.model.intervene import Steer
 from tests.support import tiny
 from tests.support import torch_reference as ref
@@ -47,6 +48,10 @@ def test_arithmetic():
     both = v + w
     np.testing.assert_array_equal(both.directions_NxD, v.directions_NxD + w.directions_NxD)
     assert both.layers == (1, 2, 3)
+    told = make_vector(0, model="m", behavior="b", agreement=[0.5] * 4)
+    assert (told + make_vector(1, behavior="b", agreement=[0.1] * 4)).meta == {
+        "norm": "raw", "model": "m", "behavior": "b",
+    }  # fmt: skip
     assert (v * 1.5).directions_NxD.dtype == np.float32
     np.testing.assert_array_equal(v.directions_NxD, make_vector(0, [1, 2]).directions_NxD)  # intact
 
@@ -147,6 +152,31 @@ def test_a_vector_of_another_model_is_refused(ours):
     with pytest.raises(ValueError, match=r"made on org/other \(abc\), expected one made on mine"):
         vector.check_model(ours.sha, "mine")
     make_vector(model_sha=ours.sha).check_model(ours.sha, "mine")
+
+
+def test_the_library_names_both_models_where_a_vector_of_the_same_shape_is_of_another(ours, capsys):
+    ids, said = np.ones((1, 4), np.int32), "vector: made on org/like (abc), used on"
+    ours.forward(ids, steer=make_vector(model="org/like", model_sha=ours.sha))
+    ours.forward(ids, steer=make_vector(model="org/like"))  # of an old file, which does not say
+    assert said not in capsys.readouterr().out
+    ours.forward(ids, steer=make_vector(model="org/like", model_sha="abc"))
+    assert f"{said} {ours.name} ({ours.sha})" in capsys.readouterr().out
+    rt.bake(ours, make_vector(model="org/baked", model_sha="abc"))
+    assert "made on org/baked (abc)" in capsys.readouterr().out
+
+
+def test_a_vector_says_how_it_was_made_and_of_what(ours):
+    pairs = [("I love it. They are", "I hate it. They are"), ("Good in", "Bad in")]
+    vec = rt.extract(ours, pairs)
+    want = {
+        "operation": "add", "layer_base": 0, "position": "last", "norm": "raw", "pairs": 2,
+        "method": "mean_diff", "model_sha": ours.sha, "model_type": "llama",
+        "template": templates.template_sha(ours.tokenizer),
+    }  # fmt: skip
+    assert {key: vec.meta[key] for key in want} == want
+    assert vec.meta["hook"].startswith("residual stream, output of block l")
+    shas = {rt.extract(ours, p).meta["data_sha"] for p in (pairs, pairs[:1], pairs[::-1])}
+    assert len(shas) == 3 and vec.meta["data_sha"] in shas
 
 
 # ---------------------------------------------------------------- online steering
