@@ -6,6 +6,7 @@ Layer l is the output of 0-based block l (Hugging Face `hidden_states[l+1]`).
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -241,18 +242,26 @@ class SteeringVector:
 def _check_meta(meta: dict[str, Any]) -> None:
     """Raises ValueError where what is read of it later is not as `save` writes it."""
     agreement, given = meta.get("agreement"), meta.get("template_arguments", {})
-    numbers = agreement is None or isinstance(agreement, list)
-    if numbers and agreement:
-        numbers = all(a is None or (type(a) in (int, float) and abs(a) < 2) for a in agreement)
+    quality, sign = meta.get("quality", {}), meta.get("sign", {})
     texts = (meta.get(key, "") for key in ("model", "model_sha", "method", "position", "template"))
     fits = {
         "norm": meta.get("norm", "raw") in ("raw", "unit"),
-        "agreement": numbers,
+        "agreement": agreement is None or _column(agreement, below=2),
+        "quality": isinstance(quality, dict) and all(map(_column, quality.values())),
+        "sign": isinstance(sign, dict) and _column(sign.get("share", [])),
         "template_arguments": isinstance(given, dict),
         "model, method or position": all(isinstance(text, str) for text in texts),
     }
     if wrong := [key for key, good in fits.items() if not good]:
         raise ValueError(f"got other values of {wrong[0]} in its meta than `extract` writes.")
+
+
+def _column(values: Any, below: float = math.inf) -> bool:
+    """Whether it is a list of numbers, None where one is unknown."""
+    numbers = isinstance(values, list) and all(
+        v is None or (type(v) in (int, float) and abs(v) < below) for v in values
+    )
+    return numbers
 
 
 def _check_arrays(
