@@ -125,7 +125,7 @@ def test_logistic_is_scikit_learns_on_rows_of_mean_variance_one():
 
 
 def test_a_nuisance_that_is_long_is_weighed_down_by_whitening():
-    """The mean difference follows the few coordinates of long noise, and separates new rows worse."""
+    """The mean difference follows a few coordinates of long noise: it separates new rows worse."""
     positive, negative, _ = anisotropic()
     new = anisotropic(P=200, seed=5)
     planted_NxD = anisotropic()[2]
