@@ -12,7 +12,7 @@ from reptune_jax import distributed
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import schema
-from reptune_jax.data.behavior import Behavior
+from reptune_jax.data.behavior import LETTER, Behavior
 from reptune_jax.data.schema import Item
 from reptune_jax.data.tuning import Answer, answer_row
 from reptune_jax.folder import Study, write_whole
@@ -21,8 +21,6 @@ from reptune_jax.lm import Model
 from reptune_jax.vectors import answers, claims, quality
 from reptune_jax.vectors.capture import Span, make_vector
 from reptune_jax.vectors.steering_vector import SteeringVector
-
-_LETTER = "letter"  # vector.project_out: the answer's letter, of claims
 
 
 def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVector:
@@ -42,7 +40,7 @@ def _make(
     c: ConfigDict, study: Study, load: Callable[[], Model], behavior: Behavior
 ) -> SteeringVector:
     if not distributed.exists(study.vector):
-        _given_nuisance(c, behavior)
+        _given_nuisance(c)
         load()  # where a first start may still fail, and then claims nothing
     study.claim(c)
     if not distributed.exists(study.vector):
@@ -78,7 +76,7 @@ def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVect
         "template_arguments": templates.freeze(model.tokenizer),
         "correct_only": c.vector.correct_only,
     }
-    given = _given_nuisance(c, behavior)
+    given = _given_nuisance(c)
     if given is not None:
         given.check_model(model.sha, model.name)
         given.check_shape(model.arch.N, model.arch.D)
@@ -89,31 +87,26 @@ def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVect
     else:
         asked = claims.read_pairs(c.vector, model, behavior)
         positives, negatives = claims.spans(model, asked, c.vector.position)
-        if c.vector.project_out == _LETTER:
-            meta["project_out"] = _LETTER
+        if c.vector.project_out == LETTER:
+            meta["project_out"] = LETTER
             nuisance_NxD = claims.letter(model, asked, c.eval.batch // 2)
     inputs = positives, negatives, c.vector.method, meta, c.eval.batch // 2
     vector = make_vector(model, *inputs, nuisance_NxD)
     return vector.unit() if c.vector.norm == "unit" else vector
 
 
-def _given_nuisance(c: ConfigDict, behavior: Behavior) -> SteeringVector | None:
+def _given_nuisance(c: ConfigDict) -> SteeringVector | None:
     """The vector of the file that `vector.project_out` names, if it names one.
 
     Raises:
-      ValueError: neither a file nor what this behavior's prompts have; a file that is no vector.
+      ValueError: there is no such file, or it is no vector.
     """
     name = c.vector.project_out
-    if name == _LETTER and behavior.kind == "free":
-        raise ValueError(
-            f"vector.project_out: got {name!r}, expected '' or a vector file for {behavior.name}, "
-            "whose open prompts have no letters. Set it to ''."
-        )
-    if name in ("", _LETTER):
+    if name in ("", LETTER):
         return None
     if not Path(name).is_file():
         raise ValueError(
-            f"vector.project_out: got {name!r}, expected '', {_LETTER!r} or a vector file. There "
+            f"vector.project_out: got {name!r}, expected '', {LETTER!r} or a vector file. There "
             "is no such file."
         )
     return SteeringVector.load(name)

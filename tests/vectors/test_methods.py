@@ -6,12 +6,10 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
-import reptune_jax as rt
 from reptune_jax import config, ranges
 from reptune_jax.evals.stats import auroc
 from reptune_jax.vectors import directions
 from reptune_jax.vectors.methods import METHODS
-from tests.support import tiny
 from tests.support.vector_case import cosines, folded, planted
 
 
@@ -181,26 +179,3 @@ def test_a_contrast_that_is_all_nuisance_is_refused():
         folded("mean_diff", positive, negative, nuisance=difference_NxD)
     difference_NxD[0] = 0
     assert folded("mean_diff", positive, negative, nuisance=difference_NxD)[0].layers == (0,)
-
-
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory):
-    return rt.load(str(tiny.make_llama(tmp_path_factory.mktemp("llama"))))
-
-
-def test_extract_takes_a_method_and_a_vector_to_project_out(ours):
-    words = ("weather", "river", "train", "garden", "market", "city")
-    pairs = [(f"I love the {w}. They are", f"I hate the {w}. They are") for w in words]
-    plain = rt.extract(ours, pairs)
-    vector = rt.extract(ours, pairs, method="whitened", batch_size=4)
-    assert vector.meta["method"] == "whitened" and vector.digest != plain.digest
-    norms = [np.linalg.norm(v.directions_NxD, axis=1) for v in (plain, vector)]
-    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
-    again = rt.extract(ours, pairs, method="pca", project_out=vector.at([2]))
-    assert abs(cosines(again.directions_NxD, vector.directions_NxD)[2]) < 1e-6
-    assert again.meta["project_out"] == vector.at([2]).digest
-    other = rt.SteeringVector(
-        plain.directions_NxD, plain.residual_norm_N, plain.mean_NxD, (0,), {"model_sha": "x"}
-    )
-    with pytest.raises(ValueError, match="vector: got one made on None"):
-        rt.extract(ours, pairs, project_out=other)

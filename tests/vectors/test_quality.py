@@ -1,7 +1,5 @@
 """What extraction says of a vector, on residuals with a direction and on residuals without one."""
 
-import types
-
 import numpy as np
 import pytest
 
@@ -10,12 +8,15 @@ from reptune_jax import config
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.schema import Item
 from reptune_jax.evals.stats import auroc
+from reptune_jax.folder import Study
 from reptune_jax.model.padding import pad
 from reptune_jax.vectors import capture, claims, extraction, quality
 from reptune_jax.vectors.capture import Span
 from reptune_jax.vectors.methods import METHODS
-from tests.support import steering_case, tiny
+from tests.support import steering_case, tiny, tiny_behavior
 from tests.support.vector_case import cosines, folded, planted
+
+PAIRS = [(f"I love {w}. So", f"I hate {w}. So") for w in ("rain", "snow", "food")]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,8 @@ def test_stability_draws_whole_clusters(no_lens):
 
 
 def test_the_lens_is_of_the_answers_tokens_after_the_final_norm(ours):
-    pairs = [(("Say. ", "good good day"), ("Say. ", "bad day")), (("Go. ", "well"), ("Go. ", "no"))]
+    sides = ("good good day", "bad day"), ("well", "no"), ("fine", "grim")
+    pairs = [(("Say it. ", positive), ("Say it. ", negative)) for positive, negative in sides]
     vector = rt.extract(ours, pairs, position="response")
     params = ours.params
     table_VxD = np.asarray(params["head" if "head" in params else "embed"]["embedding"], np.float64)
@@ -105,23 +107,38 @@ def test_the_lens_is_of_the_answers_tokens_after_the_final_norm(ours):
             gaps.append(logits_V[ids[0]].mean() - logits_V[ids[1]].mean())
         want = np.mean(gaps) / logits_V.std()
         np.testing.assert_allclose(vector.meta["quality"]["lens"][l], want, atol=2e-3)
-    same = [(("Say. ", " day"), ("Tell. ", " day"))]
+    same = [(("Say it. ", " day"), ("Tell it. ", " day"))]
     assert rt.extract(ours, same, position="response").meta["quality"]["lens"] == [None] * 4
 
 
 def test_rows_that_are_too_many_are_not_kept_for_their_quality(ours, monkeypatch, capsys):
-    pairs = [(f"I love {w}. So", f"I hate {w}. So") for w in ("rain", "snow", "food")]
-    whole = rt.extract(ours, pairs)
+    whole = rt.extract(ours, PAIRS)
     assert None not in whole.meta["quality"]["auroc"] + whole.meta["sign"]["share"]
     monkeypatch.setattr(capture, "_MOST_BYTES", 1000)
-    vector = rt.extract(ours, pairs)
+    vector = rt.extract(ours, PAIRS)
     assert vector.digest == whole.digest
     unknown = [None] * 4
     assert vector.meta["quality"]["auroc"] == vector.meta["quality"]["stability"] == unknown
     assert vector.meta["sign"]["share"] == unknown and None not in vector.meta["quality"]["lens"]
     assert "stability and AUROC are not computed" in capsys.readouterr().out
     assert "best by AUROC, then agreement: layers" in quality.table(vector)
-    assert rt.extract(ours, pairs, "pca").layers == (0, 1, 2, 3)  # which needs them all the same
+    assert rt.extract(ours, PAIRS, "pca").layers == (0, 1, 2, 3)  # which needs them all the same
+
+
+def test_extract_takes_a_method_and_a_vector_to_project_out(ours):
+    plain = rt.extract(ours, PAIRS)
+    vector = rt.extract(ours, PAIRS, method="whitened")
+    assert vector.meta["method"] == "whitened" and vector.digest != plain.digest
+    norms = [np.linalg.norm(v.directions_NxD, axis=1) for v in (plain, vector)]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
+    again = rt.extract(ours, PAIRS, method="pca", project_out=vector.at([2]))
+    assert abs(cosines(again.directions_NxD, vector.directions_NxD)[2]) < 1e-6
+    assert again.meta["project_out"] == vector.at([2]).digest
+    other = rt.SteeringVector(
+        plain.directions_NxD, plain.residual_norm_N, plain.mean_NxD, (0,), {"model_sha": "x"}
+    )
+    with pytest.raises(ValueError, match="vector: got one made on None"):
+        rt.extract(ours, PAIRS, project_out=other)
 
 
 def table_of(N, auroc, agreement):
@@ -172,7 +189,7 @@ def claim_behavior():
 
 def claim_settings(**changes):
     c = config.default()
-    c.model, c.behavior, c.vector.position = "m", "honesty", "last"
+    c.model, c.behavior, c.vector.position, c.loss.position = "m", "honesty", "last", "last"
     for key, value in changes.items():
         c.vector[key] = value
     return c
@@ -208,22 +225,44 @@ def test_a_file_is_projected_out_too_and_what_cannot_be_is_refused(ours, tmp_pat
     given = rt.SteeringVector.load(path)
     assert vector.meta["project_out"] == given.digest
     assert np.abs(cosines(vector.directions_NxD, given.directions_NxD)).max() < 1e-6
-    for name, message in (
-        ("leter", "vector.project_out: got 'leter', expected '', 'letter' or a vector file"),
-        (str(path), "expected \\[4, 64\\]"),
-    ):
-        steering_case.make_vector(D=8).save(path)
-        with pytest.raises(ValueError, match=message):
-            extraction.read_vector(claim_settings(project_out=name), ours, behavior)
+    steering_case.make_vector(D=8).save(path)
+    with pytest.raises(ValueError, match=r"expected \[4, 64\]"):
+        extraction.read_vector(claim_settings(project_out=str(path)), ours, behavior)
     one_letter = claims.read_pairs(claim_settings().vector, ours, behavior)[1:2]
     with pytest.raises(ValueError, match="got no B and no A as an answer of a side"):
         claims.letter(ours, one_letter, 4)
 
 
-def test_a_study_of_open_prompts_has_no_letter(tmp_path):
-    free = types.SimpleNamespace(kind="free", name="mine")
-    with pytest.raises(ValueError, match=r"got 'letter', .* mine, whose open prompts have no"):
-        extraction._given_nuisance(claim_settings(project_out="letter"), free)
+def test_a_file_that_is_not_there_is_refused_before_the_model_is_loaded(tmp_path):
+    c = tiny_behavior.settings("m", tiny_behavior.write(tmp_path), vector__project_out="leter")
+    with pytest.raises(ValueError, match=r"project_out: got 'leter', expected '', 'letter' or a "):
+        extraction.run(c, Study(tmp_path / "w"), lambda: pytest.fail("the weights were read"))
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_extraction_prints_the_table(ours, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extraction.behaviors, "load", lambda _: claim_behavior())
+    c = claim_settings()
+    vector = extraction.run(c, Study(tmp_path / "w"), lambda: ours)
+    assert quality.table(vector) in capsys.readouterr().out
+    assert vector.meta["quality"].keys() == {"stability", "auroc", "length", "lens"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quality": {"auroc": [0.5, "high"]}},
+        {"quality": [0.5]},
+        {"quality": {"lens": [np.inf]}},
+        {"sign": {"share": 0.5}},
+        {"sign": "pairs"},
+        {"agreement": [3.0]},
+    ],
+)
+def test_a_file_whose_quality_is_not_numbers_is_refused(changes, tmp_path):
+    steering_case.make_vector(**changes).save(tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match=f"other values of {next(iter(changes))} in its meta"):
+        rt.SteeringVector.load(tmp_path / "v.safetensors")
 
 
 def test_a_pass_takes_the_cluster_from_the_positive_side(ours, monkeypatch):
