@@ -137,7 +137,10 @@ def table(vector: SteeringVector) -> str:
     shown = vector.layers if len(vector.layers) <= _SHOWN else sorted(best[:_BEST])
     lines = ["".join(f"{name:>11}" for name in ("layer", *columns))]
     for l in shown:
-        cells = ("-" if row[l] is None else f"{row[l]:.2f}" for row in columns.values())
+        cells = (
+            "-" if row[l] is None else f"{row[l]:.{3 if '|h|' in name else 2}f}"
+            for name, row in columns.items()
+        )
         lines.append("".join(f"{cell:>11}" for cell in (str(l), *cells)))
     lines.append(
         f"best by AUROC, then agreement: layers {', '.join(map(str, best[:3]))}; a hint, the sweep "

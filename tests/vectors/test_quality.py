@@ -153,8 +153,8 @@ def test_the_table_has_a_line_per_layer_and_names_the_best():
     assert lines[0].split() == [
         "layer", "agreement", "stability", "AUROC", "|v|/|h|", "pairs", "+", "lens",
     ]  # fmt: skip
-    assert lines[2].split() == ["1", "0.20", "0.50", "1.00", "0.50", "1.00", "0.50"]
-    assert lines[3].split() == ["2", "0.90", "0.50", "-", "0.50", "1.00", "0.50"]
+    assert lines[2].split() == ["1", "0.20", "0.50", "1.00", "0.500", "1.00", "0.50"]
+    assert lines[3].split() == ["2", "0.90", "0.50", "-", "0.500", "1.00", "0.50"]
     assert lines[5].startswith("best by AUROC, then agreement: layers 3, 1, 0;") and len(lines) == 6
     many = table_of(40, [l / 40 for l in range(40)], [0.0] * 40)
     assert [int(line.split()[0]) for line in many[1:-1]] == list(range(28, 40))
