@@ -49,6 +49,8 @@ CONTRASTS = {"weights": "token", "contrast": "dual"}  # and the arm whose two si
 
 MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: hold
 
+METHODS = ("mean_diff", "pca", "pca_center", "logistic", "lda", "whitened")  # of making a vector
+
 # What a key or section is. One that is not here is part of every result.
 ROLES: dict[str, str] = {
     "arm": "run",  # tells the runs of a study apart
@@ -122,13 +124,14 @@ def default() -> ConfigDict:
 def _vector() -> ConfigDict:
     """How the vector is read."""
     c = ConfigDict()
-    c.method = "mean_diff"
+    c.method = "mean_diff"  # one of METHODS
     c.position = "response"  # response | last | before_answer | all | offset from the end
     c.norm = "raw"  # raw: dose 1 = class-mean difference; unit: dose 1 = residual norm
     c.pairs = 96  # at most this many pairs
     c.correct_only = False  # keep pairs whose greedy answers fit their persona
     c.paired = True  # same statement on both sides
     c.answer_tokens = 32  # length of generated persona answers
+    c.project_out = ""  # removed first; letter: the answer's, of claims; or a vector file
     c.random = False  # the control: a random direction of the same length
     return c
 

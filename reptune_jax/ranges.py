@@ -41,6 +41,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "mesh.data": Range(-1),
     "mesh.fsdp": Range(-1),
     "mesh.tensor": Range(-1),
+    "vector.method": configs.METHODS,
     "vector.norm": ("raw", "unit"),
     "vector.pairs": _AT_LEAST_ONE,
     "vector.answer_tokens": _AT_LEAST_ONE,

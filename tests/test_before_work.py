@@ -26,6 +26,10 @@ def measured(*measures):
 
 KEYS = {
     "loss.position": ({"loss__position": "before_answer"}, r"loss\.position: got 'before_answer'"),
+    "vector.project_out": (
+        {"vector__project_out": "letter"},
+        r"project_out: got 'letter', .*open prompts, which have none",
+    ),
     "study.primary": (
         {"study__primary": "logodds:claim"},
         r"study\.primary: got 'logodds:claim'.*logodds:free",

@@ -22,6 +22,8 @@ _looked_through: set[str] = set()  # digests
 _CALLED = {"free": "open prompts", "claim": "claims"}
 _USE = {"train": "the vector", "tune": "tuning", "val": "validation", "test": "the results"}
 
+LETTER = "letter"  # vector.project_out: that of a claim's answer
+
 # Where a vector can be read, and a cosine taken, in each kind's texts.
 _POSITIONS = {
     ("free", "vector.position"): ("response", "last", "all"),
@@ -57,8 +59,8 @@ class Behavior:
         """That this config can be run on these items, before anything is.
 
         Raises:
-          ValueError: no matched personas, nothing in one of `splits`, or a position that its texts
-            do not have.
+          ValueError: no matched personas, nothing in one of `splits`, or a position, or a letter to
+            project out, that its texts do not have.
         """
         if self.digest not in _looked_through:  # the programs of a study need not say it again
             _looked_through.add(self.digest)
@@ -74,6 +76,11 @@ class Behavior:
                 )
         self._check_position("vector.position", c.vector.position)
         self._check_position("loss.position", c.loss.position)
+        if c.vector.project_out == LETTER and self.kind == "free":
+            raise ValueError(
+                f"vector.project_out: got {LETTER!r}, expected '' or a vector file for "
+                f"{self.name}, a behavior with {_CALLED[self.kind]}, which have none. Set it to ''."
+            )
 
     def check_lengths(self, tokenizer: "PreTrainedTokenizerBase", context: int | None) -> None:
         """That every prompt fits into a model's context, before anything is computed.

@@ -72,10 +72,11 @@ def answer_spans(
     """Persona, prompt and answer as ids, with the tokens whose residuals are read."""
     spans = []
     of_sign = persona_prompts(model, items, prompts)
-    for i, answer in enumerate(answers):
+    for i, (item, answer) in enumerate(zip(prompts, answers, strict=True)):
         prompt = of_sign[answer.sign][i]
         ids = prompt + answer.ids
-        spans.append(Span(ids, *positions.span(model.tokenizer, ids, len(prompt), position)))
+        where = positions.span(model.tokenizer, ids, len(prompt), position)
+        spans.append(Span(ids, *where, len(prompt), item.cluster))
     return spans
 
 

@@ -3,6 +3,7 @@
 Only [N, B, D] at the chosen positions leaves the forward pass, and stays on the device.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,8 +21,11 @@ from reptune_jax.hub.side_files import public_name
 from reptune_jax.lm import Model
 from reptune_jax.model.padding import batches_by_length, pad
 from reptune_jax.model.read import read_at_once
-from reptune_jax.vectors.methods import METHODS
+from reptune_jax.vectors import methods, quality
+from reptune_jax.vectors.methods import METHODS, Rows
 from reptune_jax.vectors.steering_vector import SteeringVector
+
+_MOST_BYTES = 2**30  # of rows that are kept for the sake of stability and AUROC alone
 
 
 class Span(NamedTuple):
@@ -30,6 +34,8 @@ class Span(NamedTuple):
     ids: list[int]
     start: int
     stop: int
+    answer: int = 0  # where the answer in it begins; 0: all of it says what its side is about
+    cluster: str = ""  # pairs of one cluster are held out together; "": the pair is alone
 
 
 def make_vector(
@@ -39,25 +45,34 @@ def make_vector(
     method: str,
     meta: dict[str, Any],
     batch_size: int = 16,
+    nuisance_NxD: np.ndarray | None = None,
 ) -> SteeringVector:
-    """One pass over matched pairs, folded by one of `METHODS` as they are read.
+    """One pass over matched pairs, folded as they are read, for one of `METHODS`.
+
+    What lies along `nuisance_NxD` (of any length, 0 where nothing is to go) is removed from what is
+    read, before anything else. `meta["quality"]` is what `quality` makes of the rows, which are
+    kept on the host for it while they have at most 1 GiB.
 
     Raises:
       ValueError: pairs whose sides are the same up to what is read; residuals that are not finite.
     """
     _check_contrast(positives, negatives)
-    fold = METHODS[method]
-    kept, both = fold.init(model.arch.N, model.arch.D), (positives, negatives)
+    N, D, both = model.arch.N, model.arch.D, (positives, negatives)
+    small = 8 * N * len(positives) * D <= _MOST_BYTES
+    if not small:
+        say("vector: the rows have more than 1 GiB, so stability and AUROC are not computed.")
+    kept = methods.init(N, D, nuisance_NxD, rows=small or METHODS[method].of_rows)
     longest = [max(len(p.ids), len(n.ids)) for p, n in zip(*both, strict=True)]
     batches = list(batches_by_length(longest, batch_size))
-    finite = []  # stays on the device, like what is kept
+    finite = []  # stays on the device, like the sums
     for rows in tqdm(batches, desc="reading residuals", delay=2, leave=False):
         sides = [read_batch(model, [side[r] for r in rows], batch_size) for side in both]
         finite.append(_finite(*sides))
-        kept = fold.add(kept, *sides)
+        kept = methods.add(kept, *sides)
     read = np.concatenate([meshes.fetch(ok_B) for ok_B in finite])
-    order = np.argsort([r for rows in batches for r in rows])
-    model.check_finite(read[order], "pairs")
+    order_P = np.argsort([r for rows in batches for r in rows])
+    model.check_finite(read[order_P], "pairs")
+    rows_of = None if kept.rows is None else Rows(meshes.fetch(kept.rows), order_P)
     about = {
         "model": public_name(model.name),
         "model_sha": model.sha,
@@ -65,7 +80,10 @@ def make_vector(
         "template": templates.template_sha(model.tokenizer),
         "data_sha": hashlib.sha256(json.dumps(both).encode()).hexdigest()[:16],
     }
-    return fold.finish(kept, about | meta)
+    vector = methods.finish(kept, rows_of, method, about | meta)
+    clusters = [span.cluster or i for i, span in enumerate(positives)]
+    measured = quality.measure(model, vector, both, rows_of if small else None, clusters)
+    return dataclasses.replace(vector, meta=vector.meta | {"quality": measured})
 
 
 def _check_contrast(positives: Sequence[Span], negatives: Sequence[Span]) -> None:

@@ -12,13 +12,13 @@ from reptune_jax import distributed
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import schema
-from reptune_jax.data.behavior import Behavior
+from reptune_jax.data.behavior import LETTER, Behavior
 from reptune_jax.data.schema import Item
 from reptune_jax.data.tuning import Answer, answer_row
 from reptune_jax.folder import Study, write_whole
 from reptune_jax.hub import templates
 from reptune_jax.lm import Model
-from reptune_jax.vectors import answers, claims
+from reptune_jax.vectors import answers, claims, quality
 from reptune_jax.vectors.capture import Span, make_vector
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -40,11 +40,13 @@ def _make(
     c: ConfigDict, study: Study, load: Callable[[], Model], behavior: Behavior
 ) -> SteeringVector:
     if not distributed.exists(study.vector):
+        _given_nuisance(c)
         load()  # where a first start may still fail, and then claims nothing
     study.claim(c)
     if not distributed.exists(study.vector):
         vector = read_vector(c, load(), behavior)
         distributed.once(lambda: vector.save(study.vector))
+        say(f"vector by layer:\n{quality.table(vector)}")
         say(f"vector: {vector.meta['pairs']} pairs, digest {vector.digest} -> {study.vector}")
     vector = SteeringVector.load(study.vector)
     if not distributed.exists(study.targets) and behavior.kind == "free":
@@ -74,12 +76,40 @@ def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVect
         "template_arguments": templates.freeze(model.tokenizer),
         "correct_only": c.vector.correct_only,
     }
+    given = _given_nuisance(c)
+    if given is not None:
+        given.check_model(model.sha, model.name)
+        given.check_shape(model.arch.N, model.arch.D)
+        meta["project_out"] = given.digest
+    nuisance_NxD = None if given is None else given.directions_NxD
     if behavior.kind == "free":
         positives, negatives = _free_spans(c, model, behavior)
     else:
-        positives, negatives = claims.spans(c.vector, model, behavior)
-    vector = make_vector(model, positives, negatives, c.vector.method, meta, c.eval.batch // 2)
+        asked = claims.read_pairs(c.vector, model, behavior)
+        positives, negatives = claims.spans(model, asked, c.vector.position)
+        if c.vector.project_out == LETTER:
+            meta["project_out"] = LETTER
+            nuisance_NxD = claims.letter(model, asked, c.eval.batch // 2)
+    inputs = positives, negatives, c.vector.method, meta, c.eval.batch // 2
+    vector = make_vector(model, *inputs, nuisance_NxD)
     return vector.unit() if c.vector.norm == "unit" else vector
+
+
+def _given_nuisance(c: ConfigDict) -> SteeringVector | None:
+    """The vector of the file that `vector.project_out` names, if it names one.
+
+    Raises:
+      ValueError: there is no such file, or it is no vector.
+    """
+    name = c.vector.project_out
+    if name in ("", LETTER):
+        return None
+    if not Path(name).is_file():
+        raise ValueError(
+            f"vector.project_out: got {name!r}, expected '', {LETTER!r} or a vector file. There "
+            "is no such file."
+        )
+    return SteeringVector.load(name)
 
 
 def make_targets(

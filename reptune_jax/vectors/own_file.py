@@ -1,6 +1,7 @@
 """The file a `SteeringVector` keeps everything in: `.safetensors` with metadata."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,19 +98,25 @@ def read(path: Path, tensors: dict[str, np.ndarray], about: dict[str, str]) -> F
 def check_meta(meta: dict[str, Any]) -> None:
     """Raises ValueError where what is read of it later is not as `write` writes it."""
     agreement, given = meta.get("agreement"), meta.get("template_arguments", {})
-    numbers = agreement is None or isinstance(agreement, list)
-    if numbers and agreement:
-        numbers = all(a is None or (type(a) in (int, float) and abs(a) < 2) for a in agreement)
-    unknown = meta.get("unknown", [])
+    quality, sign, unknown = meta.get("quality", {}), meta.get("sign", {}), meta.get("unknown", [])
     fits = {
         "norm": meta.get("norm", "raw") in ("raw", "unit"),
-        "agreement": numbers,
+        "agreement": agreement is None or _column(agreement, below=2),
+        "quality": isinstance(quality, dict) and all(map(_column, quality.values())),
+        "sign": isinstance(sign, dict) and _column(sign.get("share", [])),
         "template_arguments": isinstance(given, dict),
         "unknown": isinstance(unknown, list) and all(part in UNKNOWN for part in unknown),
         "model, method or position": all(isinstance(meta.get(key, ""), str) for key in _TEXTS),
     }
     if wrong := [key for key, good in fits.items() if not good]:
         raise ValueError(f"got other values of {wrong[0]} in its meta than `extract` writes.")
+
+
+def _column(values: Any, below: float = math.inf) -> bool:
+    """Whether it is a list of numbers, None where one is unknown."""
+    return isinstance(values, list) and all(
+        v is None or (type(v) in (int, float) and abs(v) < below) for v in values
+    )
 
 
 def check_arrays(fields: Fields) -> None:

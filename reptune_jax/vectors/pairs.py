@@ -20,8 +20,13 @@ def extract(
     method: str = "mean_diff",
     position: str | int = "last",
     batch_size: int = 16,
+    project_out: SteeringVector | None = None,
 ) -> SteeringVector:
     """A behavior vector from (positive, negative) pairs.
+
+    The method is one of mean_diff, pca (or pca_center, which is the same component), logistic, lda
+    and whitened; each layer's direction gets the length of the mean difference. What lies along
+    `project_out`, a vector of this model, is removed before anything else.
 
     A side is raw text (render chats with the tokenizer's template first), or (prompt, completion)
     where `position` is "response". Positions: last, before_answer, response, all (but the first
@@ -30,7 +35,7 @@ def extract(
 
     Raises:
       ValueError: an unknown method, no pairs, sides that are the same, a position that is not in a
-        text, or residuals that are not finite.
+        text, residuals that are not finite, or a vector of another model.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}.")
@@ -42,10 +47,15 @@ def extract(
     if not pairs:
         raise ValueError("pairs: got none, expected at least one (positive, negative).")
     inputs.counts(batch_size=batch_size)
+    meta, nuisance_NxD = {"position": str(position)}, None
+    if project_out is not None:
+        project_out.check_model(model.sha, model.name)
+        project_out.check_shape(model.arch.N, model.arch.D)
+        meta["project_out"], nuisance_NxD = project_out.digest, project_out.directions_NxD
     positives, negatives = (
         [_span(model, pair[side], position) for pair in pairs] for side in (0, 1)
     )
-    return make_vector(model, positives, negatives, method, {"position": str(position)}, batch_size)
+    return make_vector(model, positives, negatives, method, meta, batch_size, nuisance_NxD)
 
 
 def _is_pair(value: Any, good: Callable[[Any], bool]) -> bool:
@@ -62,4 +72,5 @@ def _span(model: Model, side: Side, position: str | int) -> Span:
     prompt_ids = model.encode_prompt(prompt, chat=False)
     ids = known_ids(model.tokenizer, prompt_ids + more_ids, model.arch.V)
     ids = inputs.token_rows([ids], model.arch.V, context=model.context)[0]
-    return Span(ids, *positions.span(model.tokenizer, ids, len(prompt_ids), position))
+    answer = len(prompt_ids) if len(ids) > len(prompt_ids) else 0
+    return Span(ids, *positions.span(model.tokenizer, ids, len(prompt_ids), position), answer)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reptune_jax.lm import Model
 
 # Not said of a sum, unless both say it
-MADE_OF = ("behavior", "behavior_sha", "data_sha", "pairs", "agreement")
+MADE_OF = ("behavior", "behavior_sha", "data_sha", "pairs", "agreement", "quality", "sign")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

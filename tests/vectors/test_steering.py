@@ -318,7 +318,7 @@ def test_extract_is_the_mean_difference_of_torch_residuals(position, ours, their
 def test_extraction_that_cannot_be_done_is_refused(ours):
     pairs = [("Yes.", "No.")]
     for kwargs, message in [
-        ({"method": "pca"}, "method: got 'pca', expected one of mean_diff"),
+        ({"method": "umap"}, "method: got 'umap', expected one of mean_diff, pca, "),
         ({"position": "first"}, "position: got 'first', expected last, before_answer"),
         ({"position": "before_answer"}, "no line starts with 'Answer'"),
         ({"position": "response"}, "nothing follows the prompt"),
