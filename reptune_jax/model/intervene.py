@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from reptune_jax.model.arch import Arch
+from reptune_jax.model.precision import in_float32
 
 _EPS = 1e-8
 
@@ -74,7 +75,7 @@ def apply_steer(
     x = x_BxTxD.astype(jnp.float32)
     v = v_D.astype(jnp.float32)
     u = v / jnp.maximum(jnp.linalg.norm(v), _EPS)
-    along_BxT = x @ u
+    along_BxT = in_float32("btd,d->bt", x, u)
     x = x - (ablate_B[:, None] * token_BxT * along_BxT)[..., None] * u
     x = x + (add_B[:, None] * token_BxT)[..., None] * v
     return x.astype(x_BxTxD.dtype)
@@ -97,6 +98,6 @@ def cosine(x_BxTxD: jax.Array, v_D: jax.Array, center_D: jax.Array) -> jax.Array
     v and center may be [B, D].
     """
     x, v = x_BxTxD.astype(jnp.float32) - center_D[..., None, :], v_D.astype(jnp.float32)
-    dot_BxT = jnp.einsum("btd,d->bt" if v.ndim == 1 else "btd,bd->bt", x, v)
+    dot_BxT = in_float32("btd,d->bt" if v.ndim == 1 else "btd,bd->bt", x, v)
     norm_BxT = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(v, axis=-1)[..., None]
     return dot_BxT / jnp.maximum(norm_BxT, _EPS)

@@ -9,15 +9,28 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
-def in_full(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute` with products of float32 in float32; JAX_DEFAULT_MATMUL_PRECISION goes first."""
+def in_full(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a module of dtype float32, its products in full.
 
-    @functools.wraps(compute)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    JAX_DEFAULT_MATMUL_PRECISION goes first. In 16 bits nothing is asked for: factors are exact as
+    they are, and kernels for TPUs refuse to multiply them as if they were float32.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        with jax.default_matmul_precision(asked or "highest"):
-            return compute(*args, **kwargs)
+        if asked or self.dtype != jnp.float32:
+            return method(self, *args, **kwargs)
+        with jax.default_matmul_precision("highest"):
+            return method(self, *args, **kwargs)
 
     return wrapped
+
+
+def in_float32(spec: str, *factors: jax.Array) -> jax.Array:
+    """An einsum of float32, in full unless JAX was asked for something else."""
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return jnp.einsum(spec, *factors, precision=None if asked else "highest")

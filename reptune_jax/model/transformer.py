@@ -26,7 +26,7 @@ from reptune_jax.model import cache as caches
 from reptune_jax.model.arch import Arch, Layer
 from reptune_jax.model.cache import Cache, KeysValues
 from reptune_jax.model.norms import Norm
-from reptune_jax.model.precision import in_full
+from reptune_jax.model.precision import in_float32, in_full
 from reptune_jax.model.rope import rope_tables, rotate
 
 Segments = tuple[tuple[str, int], ...]  # (name, number of layers), bottom to top
@@ -213,7 +213,8 @@ class Block(nn.Module):
         if shared.keep_residual:
             sow("residual", x_BxTxD)
         if shared.read_BxPxT is not None:
-            sow("read", jnp.einsum("bpt,btd->bpd", shared.read_BxPxT, x_BxTxD.astype(jnp.float32)))
+            x32_BxTxD = x_BxTxD.astype(jnp.float32)
+            sow("read", in_float32("bpt,btd->bpd", shared.read_BxPxT, x32_BxTxD))
         if layer.probe is not None:
             p = layer.probe
             sow("cosine", intervene.cosine(x_BxTxD, p.direction_NxD, p.center_NxD))

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.lax import Precision
 
 from reptune_jax.model.arch import Arch, Rope
@@ -18,10 +17,10 @@ ARCH = Arch("llama", 32, D, N, 4, 2, 4, 24, Rope(1e4), 1e-5, False)
 
 
 def products(jaxpr: Any) -> Iterator[Any]:
-    """The precision of every product, in loops and calls too."""
+    """(type, precision) of every product, in loops and calls too."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            yield eqn.params["precision"]
+            yield eqn.invars[0].aval.dtype, eqn.params["precision"]
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
@@ -53,11 +52,18 @@ def asked(dtype: Any) -> set[Any]:
     return set(found)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_product_is_asked_for_in_full(dtype):
-    assert asked(dtype) == {(Precision.HIGHEST, Precision.HIGHEST)}
+FULL = jnp.dtype("float32"), (Precision.HIGHEST, Precision.HIGHEST)
+
+
+def test_every_product_is_asked_for_in_full():
+    assert asked(jnp.float32) == {FULL}
+
+
+def test_in_16_bits_only_what_is_computed_in_float32_is():
+    found = asked(jnp.bfloat16)
+    assert FULL in found and {how for kind, how in found if kind == jnp.bfloat16} == {None}
 
 
 def test_who_asks_jax_for_less_gets_less():
     with jax.default_matmul_precision("tensorfloat32"):
-        assert asked(jnp.float32) == {(Precision.HIGH, Precision.HIGH)}
+        assert asked(jnp.float32) == {(FULL[0], (Precision.HIGH, Precision.HIGH))}
