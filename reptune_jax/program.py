@@ -47,8 +47,6 @@ def main(run: Callable[..., Any], doc: str | None, of_study: bool = False) -> No
             raise ValueError(f"unexpected argument {argv[1]!r}; see --help.")
         c = ranges.check(flag.value)
         start()
-        if c.tf32:
-            jax.config.update("jax_default_matmul_precision", "tensorfloat32")
         distributed.start(coordinator.value, processes.value, process_id.value)
         run(c, Path(str(workdir.value)))
 
@@ -95,8 +93,10 @@ def start() -> None:
 
 
 def load_model(c: ConfigDict) -> Model:
-    """The config's model on the config's mesh."""
+    """The config's model on the config's mesh; from then on float32 is what the config says."""
     began = time.monotonic()
+    if c.tf32:
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32")
     where = mesh.make_mesh(**c.mesh.to_dict())
     source = open_source(c.model)
     check_depth(c, source.arch().N)

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.lax import Precision
 
+from reptune_jax import config, program
 from reptune_jax.model.arch import Arch, Rope
 from reptune_jax.model.intervene import Probe, steer_all
 from reptune_jax.model.read import read
@@ -67,3 +69,16 @@ def test_in_16_bits_only_what_is_computed_in_float32_is():
 def test_who_asks_jax_for_less_gets_less():
     with jax.default_matmul_precision("tensorfloat32"):
         assert asked(jnp.float32) == {(FULL[0], (Precision.HIGH, Precision.HIGH))}
+
+
+def test_a_config_asks_for_less_when_its_model_is_loaded(tmp_path):
+    c = config.default()
+    c.model = str(tmp_path / "none")
+    before = jax.config.jax_default_matmul_precision
+    try:
+        for c.tf32, precision in ((False, before), (True, "tensorfloat32")):
+            with pytest.raises(ValueError, match="does not exist"):
+                program.load_model(c)
+            assert jax.config.jax_default_matmul_precision == precision
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
