@@ -5,7 +5,8 @@
 The paper's recipe: the vector is read, and the cosine taken, at the newline before the answer cue,
 and the rate is the paper's. At 3e-4 every tuned arm gives one verdict to all claims
 (docs/results.md). Made for an accelerator;
-`configs/honesty.py:quick` is cut down for two CPU cores and a model of half a billion weights.
+`configs/honesty.py:quick` is cut down for two CPU cores and a model of half a billion weights, too
+small to learn it.
 """
 
 from ml_collections import ConfigDict
@@ -59,7 +60,6 @@ def quick(c: ConfigDict) -> ConfigDict:
     c.train.steps = 24
     c.train.batch = 4
     c.train.retain_batch = 1
-    c.train.lr = 1e-4
     c.train.eval_every = 12
     c.train.val_rows = 16
     c.eval.claims = 32

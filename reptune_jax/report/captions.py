@@ -31,8 +31,8 @@ OUTCOMES = _line("""
     By the primary measure, on test. Collapsed: lost what the untuned model can do (tells true from
     false no longer, one answer to every question, log-odds at 0, little probability on the answers
     asked for, empty or looping text, values that are not finite), in any seed. Else by the interval
-    of the difference to base: none shown, the wrong way, or as asked; dual and vector also have to
-    lead the same run with a random direction.
+    of the difference to base: none shown, the wrong way, or as asked; verdicts on claims also have
+    to be better than chance, and dual and vector to lead the same run with a random direction.
 """)
 CLAIMS = _line("""
     AUROC of log p(true) − log p(false) against the claim's truth, averaged over seeds:

@@ -65,6 +65,9 @@ def _outcome(study: Study, setting: Setting, split: str) -> Outcome:
         return Outcome(NO_EFFECT, why)
     if found.estimate * setting.sign < 0:
         return Outcome(WRONG_WAY, why)
+    if measure.format == "claim" and not (able := _auroc(study, setting, split)).excludes(0.5):
+        at_chance = f"tells true from false no better than chance, AUROC {interval(able, 2, False)}"
+        return Outcome(NO_EFFECT, f"{why}; {at_chance}")
     control = CONTROLS.get(setting.arm)
     random = control and study.pick(control, setting.sign, split)
     if not random:
@@ -74,6 +77,12 @@ def _outcome(study: Study, setting: Setting, split: str) -> Outcome:
     why += f", {interval(lead)} further than {random.name}"
     ahead = lead.excludes(0) and lead.estimate > 0
     return Outcome(MOVED if ahead else NO_BETTER, why)
+
+
+def _auroc(study: Study, setting: Setting, split: str) -> Interval:
+    """Of its verdicts: a shift of thousandths of a nat that all items share is no behavior."""
+    rows = claims.truth_coded(study.measured(setting, Measure("logodds", "claim"), split))
+    return stats.bootstrap_auroc(rows.margin, rows.label, rows.cluster, rows.seed)
 
 
 def collapse(study: Study, setting: Setting, split: str = "test") -> list[str]:

@@ -40,6 +40,10 @@ def chance(rng, label, order):
     return rng.normal(0, 3) * (1 if label else -1)  # as with permuted labels
 
 
+def hardly(rng, label, order):
+    return chance(rng, label, order) + 0.003
+
+
 def claims_study(folder, seeds=(0,), mass=0.9, **arms):
     """A study of 30 claims in both letter orders; an arm is what it says, by seed or for all."""
     for arm, each in {"base": knows, **arms}.items():
@@ -75,6 +79,8 @@ better, worse, same = (partial(knows, skill=skill) for skill in (2.0, 0.5, 0.8))
         ({"dual": better, "random": better}, NO_BETTER, "further than random +"),  # no vector in it
         ({"dual": same}, NO_EFFECT, "+0.000 [+0.000, +0.000]"),  # the identical model
         ({"dual": worse}, WRONG_WAY, "−0.300"),
+        ({"base": chance, "dual": hardly}, NO_EFFECT, "no better than chance, AUROC 0."),
+        ({"base": chance, "dual": better}, MOVED, "against base"),
         ({"dual": one_verdict}, COLLAPSED, "one answer"),
         ({"dual": one_letter}, COLLAPSED, "one answer"),
         ({"dual": forgets}, COLLAPSED, "log-odds are"),
