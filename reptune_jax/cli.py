@@ -22,6 +22,7 @@ PROGRAMS = {
     "tuned": "reptune_jax.evals.tuned",
     "dial": "reptune_jax.evals.dial",
     "capability": "reptune_jax.evals.capability",
+    "lmeval": "reptune_jax.evals.lmeval",
     "recipe": "reptune_jax.recipe",
     "convert": "reptune_jax.convert",
     "vector": "reptune_jax.vector",

@@ -88,7 +88,7 @@ def test_every_program_says_its_version_and_what_it_is(name: str) -> None:
     assert (code, out.strip(), err) == (0, f"reptune_jax {rt.__version__}", "")
     code, out, err = run(name, "--help", "--config=no/such.py")
     assert (code, err) == (0, "") and cli.summary(cli.PROGRAMS[name]) in out
-    own = {"convert": "--from", "vector": "--layers"}
+    own = {"convert": "--from", "lmeval": "--from", "vector": "--layers"}
     assert own.get(name, "--config") in out or (name == "report" and "--workdir" in out)
 
 

@@ -55,7 +55,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
     names = dict.fromkeys(c.suites.names)
     asked = [q for name in names for q in readers.read(name, c.suites.data, c.suites.limit)]
     say(f"capability: {len({q.id for q in asked})} items of {', '.join(names)}")
-    base = cache(lambda: _base(c, study, model))
+    base = cache(lambda: base_of(c, study, model))
     paths = []
     for planned in conditions(c, study):
         path = study.capability(planned.name)
@@ -67,7 +67,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
     return paths
 
 
-def _base(c: ConfigDict, study: Study, model: Model | None) -> Model:
+def base_of(c: ConfigDict, study: Study, model: Model | None) -> Model:
     """The untuned model; its chats are those of the study's vector, which may be of another day."""
     base = model or program.load_model(c)
     if distributed.exists(study.vector):

@@ -1,6 +1,6 @@
 """Questions to rows: log-probabilities of the choices, and what they are worth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,14 @@ def rows(
 
     Plain text without a chat template; a persona is put in front of it as a paragraph.
     """
-    pairs = [[*map(_encoder(cond), q.contexts, q.choices)] for q in questions]
+    encode = encoder(cond)
+
+    def pairs_of(q: Question) -> list[Scored]:
+        return [
+            encode(*pair) for pair in zip(q.contexts, (f" {c}" for c in q.choices), strict=True)
+        ]
+
+    pairs = [pairs_of(question) for question in questions]
     logp = _scores(cond, list(dict.fromkeys(pair for of in pairs for pair in of)), batch)
     found = []
     for question, of in zip(questions, pairs, strict=True):
@@ -77,15 +84,15 @@ def _sides(question: Question, scores_C: np.ndarray) -> tuple[float, float]:
     return float(scores_C[right_C].max()), float(scores_C[~right_C].max(initial=-np.inf))
 
 
-def _encoder(cond: Condition) -> Any:
-    """(context, choice) to ids, tokenised together; beyond the model's context its end is kept."""
+def encoder(cond: Condition) -> Callable[[str, str], Scored]:
+    """(context, text) to ids, tokenised together; beyond the model's context their end is kept."""
     model = cond.model
     text.need(model.tokenizer, model.name)
     end = next(iter(model.stop_ids), model.pad_id)
     persona = "" if cond.persona is None else f"{cond.persona.messages[0]['content']}\n\n"
 
-    def encode(context: str, choice: str) -> Scored:
-        ids, start = text.encode_pair(model.tokenizer, persona + context, f" {choice}", end)
+    def encode(context: str, scored: str) -> Scored:
+        ids, start = text.encode_pair(model.tokenizer, persona + context, scored, end)
         known = tokenizers.known_ids(model.tokenizer, ids, model.arch.V)
         over = max(0, len(known) - (model.context or len(known)))
         return Scored(tuple(known[over:]), start - over)
