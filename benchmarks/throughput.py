@@ -84,7 +84,7 @@ def work(model: Any, size: Size) -> Work:
     vector = SteeringVector(v_NxD, np.ones(a.N), np.zeros_like(v_NxD), tuple(range(a.N)), {})
     ids_BxT = rng.integers(0, a.V, (size.rows, size.tokens)).astype(np.int32)
     batch = jax.device_put(Batch(train_case.rows(ids_BxT, size.tokens // 2), None))
-    decoder = Decoder(a, partition.segments(a.N, train.layers), model.dtype, train.remat)
+    decoder = Decoder(a, partition.segments(a.N, train.layers), model.dtype, "dots")
     objective, step = make_objective(c, vector, frozen), steps.make_step(decoder, train)
     state, no = steps.init_state(trained, train), jnp.asarray(False)
 

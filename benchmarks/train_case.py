@@ -55,7 +55,7 @@ def _jax_steps(model: Any, work: Work) -> Call:
     c = settings(work.layers)
     train = FrozenConfigDict(c.train)
     cuts = partition.segments(model.arch.N, work.layers)
-    decoder = Decoder(model.arch, cuts, model.dtype, train.remat)
+    decoder = Decoder(model.arch, cuts, model.dtype, "dots")
     trained, frozen = partition.split(model.params, work.layers, c.train.modules)
     vector = SteeringVector(
         work.directions_NxD,

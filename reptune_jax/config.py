@@ -74,6 +74,7 @@ ROLES: dict[str, str] = {
     "train.save_every": "passing",
     "train.save_minutes": "passing",
     "train.profile": "passing",
+    "train.remat": "passing",  # what is computed again is the same
     "train.peak_tflops": "passing",
     "chat": "shown",  # is only looked at, and is not stored either
     "search": "shown",
@@ -202,7 +203,7 @@ def _train() -> ConfigDict:
     c.b2 = 0.999
     c.eps = 1e-8
     c.weight_decay = 0.0
-    c.remat = "dots"  # none | dots | full; dots is also the fastest on CPU: less is stored
+    c.remat = "auto"  # none | dots | full; auto: the fastest that fits, on a CPU dots
     c.cache_gib = 4.0  # host memory for what enters the lowest trained layer; 0 = computed anew
     c.flash = True  # flash attention in training, where machine and model allow it
     c.log_every = 5

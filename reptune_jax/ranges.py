@@ -91,7 +91,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "train.b2": _MOMENT,
     "train.eps": Range(0, above=True),
     "train.weight_decay": _SHARE,
-    "train.remat": ("none", "dots", "full"),
+    "train.remat": ("auto", "none", "dots", "full"),
     "train.cache_gib": _COUNT,
     "train.log_every": _AT_LEAST_ONE,
     "train.measure_every": _COUNT,

@@ -19,6 +19,11 @@ class Chip:
     hbm_gb: float  # capacity
     hbm_gb_per_s: float
 
+    @property
+    def hbm_gib(self) -> float:
+        """Capacity as the compiler counts it."""
+        return self.hbm_gb * 1e9 / 2**30
+
     def seconds(self, flops: float, bytes_moved: float) -> tuple[float, float]:
         """(seconds of arithmetic at peak, seconds of HBM traffic at full bandwidth)."""
         return flops / (self.tflops * 1e12), bytes_moved / (self.hbm_gb_per_s * 1e9)

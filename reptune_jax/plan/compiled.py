@@ -19,6 +19,7 @@ from reptune_jax.cost.collectives import Traffic, traffic
 from reptune_jax.model import families
 from reptune_jax.model.arch import Arch
 from reptune_jax.plan import abstract
+from reptune_jax.tuning import remat
 
 
 class Plan(NamedTuple):
@@ -30,6 +31,10 @@ class Plan(NamedTuple):
     seconds: float  # that compiling took
     error: str  # the compiler's, where the step does not fit
 
+    def fits(self, chip: hardware.Chip) -> bool:
+        """Whether one of a chip's devices has the memory."""
+        return not self.error and sum(self.memory.values()) <= chip.hbm_gib
+
 
 def run(c: ConfigDict, topology: str, model_config: str, tokens: int, labels: int) -> None:
     """Prints the plan; exits with 2 where the step does not fit."""
@@ -37,7 +42,12 @@ def run(c: ConfigDict, topology: str, model_config: str, tokens: int, labels: in
     arch = families.from_config(_shape_of(model_config or c.model))
     mesh = meshes.make_mesh(**c.mesh.to_dict(), devices=_devices(kind, shape))
     dtype = jnp.dtype(c.dtype or "bfloat16")
-    plan = make(c, arch, dtype, mesh, tokens, labels)
+    chip = hardware.CHIPS.get(kind)
+    for choice in remat.choices(c.train.remat, kind):
+        c.train.remat = choice
+        plan = make(c, arch, dtype, mesh, tokens, labels)
+        if chip is None or plan.fits(chip):
+            break
     text = lines(c, arch, mesh, kind, plan, tokens)
     print("\n".join(text))
     if any(line.startswith("DOES NOT FIT") for line in text):
@@ -52,7 +62,7 @@ def make(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> P
     try:
         compiled = step.lower(*args).compile()
     except jax.errors.JaxRuntimeError as e:
-        if "memory" not in str(e):
+        if not remat.is_too_large(e):
             raise
         text = str(e).splitlines()  # the compiler's sentence that says how much it wanted
         error = next((s for s in text if "Used" in s or "exceed" in s), text[0]).strip().rstrip(".")
@@ -101,12 +111,12 @@ def _verdict(c: ConfigDict, mesh: Mesh, chip: hardware.Chip | None, plan: Plan) 
         f"no step is faster than {max(math_s, memory_s):.3f} s: arithmetic at peak {math_s:.3f} s, "
         f"weights once through HBM {memory_s:.3f} s (collectives and activations not counted)"
     ]
-    limit, need = chip.hbm_gb * 1e9 / 2**30, sum(plan.memory.values())
-    if plan.error or need > limit:
-        why = plan.error or f"{need:.1f} GiB of {limit:.1f}"
+    need = sum(plan.memory.values())
+    if not plan.fits(chip):
+        why = plan.error or f"{need:.1f} GiB of {chip.hbm_gib:.1f}"
         turn = hardware.advice(plan.memory, mesh.shape, c.train.remat)
         return [*out, f"DOES NOT FIT: {why}. Turn:", *(f"  {knob}" for knob in turn)]
-    return [*out, f"fits: {need:.1f} GiB of {limit:.1f}"]
+    return [*out, f"fits: {need:.1f} GiB of {chip.hbm_gib:.1f}"]
 
 
 def _arguments(args: tuple) -> dict[str, float]:

@@ -15,10 +15,9 @@ from reptune_jax.console import say
 from reptune_jax.cost import collectives, flops, hardware
 from reptune_jax.lm import Model
 from reptune_jax.model import attention
-from reptune_jax.model.arch import Arch
 from reptune_jax.model.transformer import Decoder
 from reptune_jax.tuned_run import Progress
-from reptune_jax.tuning import partition
+from reptune_jax.tuning import partition, remat
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.base_cache import with_base_values
 from reptune_jax.tuning.checkpoint import Checkpoints
@@ -36,7 +35,7 @@ def tune(job: Job, model: Model) -> None:
     mesh, train = model.mesh, FrozenConfigDict(job.c.train)
     cuts = partition.segments(model.arch.N, train.layers)
     kernel = model.kernel("right") if train.flash else attention.XLA
-    decoder = Decoder(model.arch, cuts, model.dtype, train.remat, kernel, meshes.rows_of(mesh))
+    decoder = Decoder(model.arch, cuts, model.dtype, kernel=kernel, rows=meshes.rows_of(mesh))
     trained, frozen = partition.begin(model.arch, model.params, train, job.c.seed)
     objective = make_objective(job.c, job.vector, frozen, job.also, model.stop_ids)
     corpus = with_base_values(job.c, job.corpus, model, decoder, objective)
@@ -55,7 +54,7 @@ def tune(job: Job, model: Model) -> None:
         batch = run.batch(int(state.step))
         run.flops = flops.batch_flops(model.arch, train.layers, state.trained, batch)["total"]
         args = state, objective, batch, run.put(True)
-        step = compiled(steps.make_step(decoder, train, mesh), args, model.arch, train, mesh)
+        step = compiled(decoder, args, train, mesh)
         del args, batch  # else the first state is held while its successors are trained
         # From here on a signal waits for the save of its step.
         with ending.deferred(), stack.pop_all():
@@ -87,20 +86,21 @@ def tune(job: Job, model: Model) -> None:
 
 
 def compiled(
-    step: jax.stages.Wrapped,
-    args: tuple[Any, ...],
-    arch: Arch,
-    train: FrozenConfigDict,
-    mesh: Mesh | None,
+    decoder: Decoder, args: tuple[Any, ...], train: FrozenConfigDict, mesh: Mesh | None
 ) -> Callable[..., Any]:
-    """`step` compiled for `args` = (state, objective, batch, measure).
+    """The step compiled for `args` = (state, objective, batch, measure).
 
     So a step that does not fit is known in the first minute, and so is what it will send around.
     """
     state, _, batch, _ = args
-    say(flops.describe(arch, train, state.trained, batch))
+    say(flops.describe(decoder.arch, train, state.trained, batch))
     began = time.monotonic()
-    program: Any = step.lower(*args).compile()
+
+    def with_remat(choice: str) -> Any:
+        step = steps.make_step(decoder.clone(remat=choice), train, mesh)
+        return step.lower(*args).compile()
+
+    program = remat.fitting(train.remat, jax.default_backend(), with_remat)
     say(f"compiled in {time.monotonic() - began:.1f} s; {flops.memory(program)}")
     found = collectives.traffic(program.as_text(), mesh) if mesh is not None else {}
     for line in collectives.lines(found):

@@ -94,9 +94,16 @@ def test_the_plan_is_printed_and_says_what_to_turn(tmp_path):
 
     small = (f"--model-config={shape}", "--config.train.layers=(1,3)", "--tokens=64")
     small += ("--config.loss.layers=(1,3)", "--config.train.batch=8", "--labels=8")
-    fits = run("--topology=gpu:4", *small)
+    fits = run("--topology=gpu:4", *small, "--config.train.remat=auto")
     assert fits.returncode == 0, fits.stderr
-    for text in ("4 x NVIDIA H100", "forced CPU devices", "temporaries", "all-", "fits: "):
+    for text in (
+        "4 x NVIDIA H100",
+        "forced CPU devices",
+        "remat none",
+        "temporaries",
+        "all-",
+        "fits: ",
+    ):
         assert text in fits.stdout, fits.stdout
     bad = run("--topology=v9:2x2")
     assert bad.returncode == 1 and "--topology: got 'v9:2x2', expected one of v4, v5e" in bad.stderr

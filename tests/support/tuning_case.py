@@ -13,7 +13,7 @@ from reptune_jax.data.batches import Batch, Example, Retention, stack_examples
 from reptune_jax.lm import Model
 from reptune_jax.model.transformer import Decoder
 from reptune_jax.tuned_run import TunedRun
-from reptune_jax.tuning import partition, retention
+from reptune_jax.tuning import partition, remat, retention
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.objective import Objective, make_objective
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -90,7 +90,8 @@ def case(
     trained, frozen = partition.begin(model.arch, model.params, train, c.seed)
     v = vector(model) if v is None else v
     objective = make_objective(c, v, frozen, also, model.stop_ids)
-    decoder = Decoder(model.arch, cuts, model.dtype, train.remat, rows=meshes.rows_of(mesh))
+    (choice,) = remat.choices(train.remat, "cpu")
+    decoder = Decoder(model.arch, cuts, model.dtype, choice, rows=meshes.rows_of(mesh))
     return Case(decoder, steps.init_state(trained, train, mesh), objective, train)
 
 
