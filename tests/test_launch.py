@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "launch").glob("*.sh"))
+SCRIPTS = sorted(
+    str(p.relative_to(ROOT)) for at in ("launch", "benchmarks") for p in (ROOT / at).glob("*.sh")
+)
 TRAIN = ("reptune_jax.train", "--config=configs/a b.py", "--workdir=runs/x")
 
 
@@ -37,7 +39,7 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_parses_and_the_readme_knows_it(script):
     assert bash("-n", script).returncode == 0
-    assert Path(script).name in (ROOT / "launch" / "README.md").read_text()
+    assert Path(script).name in (ROOT / Path(script).parent / "README.md").read_text()
 
 
 def test_a_tpu_is_created_set_up_used_and_deleted():
@@ -65,3 +67,15 @@ def test_a_program_runs_on_all_gpus_with_its_own_flags_last(script):
     assert "python -m reptune_jax.train --config.mesh.data=1 --config.mesh.fsdp=-1" in command
     assert command.endswith("--config=configs/a\\ b.py --workdir=runs/x")
     assert bash(f"launch/{script}", "--dry-run").returncode != 0
+
+
+def test_a_card_is_tested_and_measured_by_one_command_each():
+    tests = dry("test_gpu.sh", "-x")
+    assert tests[:2] == ["setup_env cuda", "setup_env test"]
+    assert "pytest -q tests/model" in tests[2] and tests[2].endswith("-x")
+    assert tests[3] == "python -m benchmarks.precision"
+    done = bash("benchmarks/gpu.sh", "--dry-run", "figures", SHAPE="llama-2-7b")
+    assert done.returncode == 0, done.stderr
+    parts = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("python")]
+    assert {"benchmarks.precision", "benchmarks.side_by_side", "benchmarks.decode"} < set(parts)
+    assert "mkdir -p figures" in done.stdout and "--shape=llama-2-7b" in done.stdout

@@ -37,7 +37,6 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -152,15 +151,17 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        a, act = self.arch, ACTIVATIONS[self.arch.act]
+        a = self.arch
+
+        def act(x_BxTxF: jax.Array) -> jax.Array:  # rounded once: x sigmoid(x) would be twice
+            return ACTIVATIONS[a.act](x_BxTxF.astype(jnp.float32)).astype(self.dtype)
 
         def dense(name: str, features: int) -> nn.Dense:
             return nn.Dense(features, use_bias=a.mlp_bias, dtype=self.dtype, name=name)
 
+        hidden_BxTxF = act(dense("gate" if a.gated else "up", a.F)(x_BxTxD))
         if a.gated:
-            hidden_BxTxF = act(dense("gate", a.F)(x_BxTxD)) * dense("up", a.F)(x_BxTxD)
-        else:
-            hidden_BxTxF = act(dense("up", a.F)(x_BxTxD))
+            hidden_BxTxF *= dense("up", a.F)(x_BxTxD)
         return dense("down", a.D)(hidden_BxTxF)
 
 
