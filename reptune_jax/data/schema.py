@@ -60,13 +60,14 @@ class Item:
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Traversable:
-    """The file of a shipped behavior, or a .jsonl of one's own.
+    """The file of a shipped behavior, or of one's own.
 
     Raises:
       ValueError: no such behavior.
     """
     name = os.fspath(name_or_path)
-    if name.endswith(".jsonl") or Path(name).parent != Path("."):
+    path = Path(name.partition("?")[0])
+    if path.suffix or path.parent != Path(".") or name.startswith("hub:"):
         return Path(name)
     folder = shipped("behaviors")
     known = sorted(
@@ -76,8 +77,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Traversable:
         close = difflib.get_close_matches(name, known, n=1)
         meant = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"behavior: got {name!r}, expected one of {', '.join(known)}, or a path to a .jsonl "
-            f"file.{meant}"
+            f"behavior: got {name!r}, expected one of {', '.join(known)}, or a path to a "
+            f"file of items.{meant}"
         )
     return folder / f"{name}.jsonl"
 
@@ -125,11 +126,12 @@ def check(items: Sequence[Item]) -> list[str]:
     """
     ids = collections.Counter(i.id for i in items)
     problems = [f"id {key!r}: {n} times" for key, n in ids.items() if n > 1]
-    texts: dict[str, str] = {}
+    texts: dict[tuple[str, str], str] = {}
     splits: dict[str, str] = {}
     for i in items:
-        if texts.setdefault(_plain(i.text), i.id) != i.id:
-            problems.append(f"{i.id}: the same text as {texts[_plain(i.text)]}")
+        text = i.format, _plain(i.text)  # a prompt may be a scenario too
+        if texts.setdefault(text, i.id) != i.id:
+            problems.append(f"{i.id}: the same text as {texts[text]}")
         if splits.setdefault(i.cluster, i.split) != i.split:
             problems.append(
                 f"{i.id}: cluster {i.cluster!r} is in {splits[i.cluster]} and {i.split}"
