@@ -246,6 +246,9 @@ def _eval() -> ConfigDict:
     c.personas = 5  # system prompts tried on validation for the prompt arm
     c.new_tokens = 32
     c.batch = 32
+    c.judge = "lexicon"  # also: probe[:LAYER], chat[:MODEL], openai:MODEL@URL, embed:MODEL
+    c.rubric = ""  # what chat and openai look for; "" = as the behavior's file says
+    c.scale = (1, 5)  # of their numbers
     return c
 
 

@@ -40,6 +40,7 @@ class Behavior:
     name: str
     items: tuple[Item, ...] = dataclasses.field(repr=False)
     measures: tuple[str, ...]  # "metric:format" of `evals.measures`, the first is the main one
+    rubric: str = ""  # what a judge that is asked looks for in an answer
 
     @property
     def kind(self) -> str:
@@ -155,7 +156,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Behavior:
     formats = {item.format for item in items}
     default = [f"logodds:{form}" for form in ("free", "claim", "ab") if form in formats]
     measures = tuple(about.get("measures") or default)
-    return Behavior(name, tuple(items), measures)
+    return Behavior(name, tuple(items), measures, str(about.get("rubric", "")))
 
 
 @functools.lru_cache(maxsize=4)

@@ -86,7 +86,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Traversable:
 def read_jsonl(path: str | os.PathLike[str] | Traversable) -> tuple[dict[str, Any], list[Item]]:
     """(what the file says of the behavior as a whole, its items), checked line by line.
 
-    The first line may be {"behavior": name, "measures": ["metric:format", …]}; {} where it is not.
+    The first line may be {"behavior": name, "measures": ["metric:format", …]}, and "rubric", what a
+    judge that is asked looks for; {} where it is not.
 
     Raises:
       FileNotFoundError, ValueError: with file and line number.
@@ -96,7 +97,7 @@ def read_jsonl(path: str | os.PathLike[str] | Traversable) -> tuple[dict[str, An
     lines: dict[str, int] = {}
     for number, row in json_lines(path):
         if not items and not about and "measures" in row:
-            about = checked(row, _ABOUT, f"{path}, line {number}")
+            about = checked({"rubric": ""} | row, _ABOUT, f"{path}, line {number}")
             continue
         item = dataclasses.replace(_item(row, f"{path}, line {number}"), line=number)
         if item.id in lines:
@@ -328,4 +329,4 @@ _FIELDS = {
     "source": string,
     "license": string,
 }
-_ABOUT = {"behavior": string, "measures": _strings}
+_ABOUT = {"behavior": string, "measures": _strings, "rubric": text}
