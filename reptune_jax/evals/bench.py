@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from reptune_jax import program
+from reptune_jax import distributed, program
 from reptune_jax.config import digest
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
@@ -156,6 +156,6 @@ def prepare(c: ConfigDict, study: Study, model: Model | None = None) -> Bench:
     extraction.fit(vector, base())
     named = functools.cache(lambda: judging.named(c, study, base(), behavior))
     bench = Bench(c, base(), vector, named)
-    if METRICS[bench.primary.metric].asked:
+    if METRICS[bench.primary.metric].asked and not distributed.exists(study.baseline):
         named()  # before anything is measured: it may be too weak
     return bench

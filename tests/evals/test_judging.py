@@ -117,7 +117,7 @@ def test_the_probe_learns_from_train_and_tune_and_is_measured_on_test(made, monk
     monkeypatch.setattr(
         probe, "train", lambda read, texts, y: learned.extend(texts) or train(read, texts, y)
     )
-    found = asked(made, eval__judge="probe:2")
+    found = asked(made, eval__judge="probe:2", eval__batch=64)
     assert {item.split for item, _ in learned} == {"train", "tune"}
     assert {item.split for item, _ in found.texts} == {"test"} and found.fit
     assert found.auroc.estimate == auroc(found.scores, found.labels) > 0.8
