@@ -10,7 +10,7 @@ from reptune_jax.folder import version
 from reptune_jax.hub.export import save_hf
 from reptune_jax.lm import Model, load, load_adapter
 from reptune_jax.vectors.bake import bake
-from reptune_jax.vectors.pairs import extract
+from reptune_jax.vectors.pairs import extract, load_pairs
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 __version__ = version()
@@ -22,6 +22,7 @@ __all__ = [
     "extract",
     "load",
     "load_adapter",
+    "load_pairs",
     "save_hf",
 ]
 

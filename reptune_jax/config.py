@@ -91,7 +91,7 @@ def default() -> ConfigDict:
     c.dtype = ""  # "" = float32 on CPU, bfloat16 on accelerators
     c.tf32 = False  # float32 products in TensorFloat-32, on GPUs: faster, 3 digits
     c.template_arguments = ""  # JSON, what chat templates are given: {"enable_thinking": false}
-    c.behavior = "sentiment"  # a shipped behavior, or a path to a .jsonl
+    c.behavior = "sentiment"  # a shipped behavior, a .jsonl, or a file or data set of others
     c.arm = "dual"  # one of ARMS
     c.sign = 1  # +1 toward the behavior, -1 away from it
     c.seed = 0
@@ -125,6 +125,7 @@ def default() -> ConfigDict:
 def _vector() -> ConfigDict:
     """How the vector is read."""
     c = ConfigDict()
+    c.data = ""  # a file, or data set, of pairs instead of the behavior's: docs/foreign.md
     c.method = "mean_diff"  # one of METHODS
     c.position = "response"  # response | last | before_answer | all | offset from the end
     c.norm = "raw"  # raw: dose 1 = class-mean difference; unit: dose 1 = residual norm
@@ -245,6 +246,9 @@ def _eval() -> ConfigDict:
     c.personas = 5  # system prompts tried on validation for the prompt arm
     c.new_tokens = 32
     c.batch = 32
+    c.judge = "lexicon"  # also: probe[:LAYER], chat[:MODEL], openai:MODEL@URL, embed:MODEL
+    c.rubric = ""  # what chat and openai look for; "" = as the behavior's file says
+    c.scale = (1, 5)  # of their numbers
     return c
 
 

@@ -9,6 +9,7 @@
       dual+_s0/                 Run: arm, sign and seed
         config.json  vector*.safetensors  checkpoints/N/  metrics.jsonl  events.*  done.json
         results/tuned.parquet
+      judge.jsonl               what the endpoint of eval.judge answered
       report/index.html         and report/plots/*.png
       trials/*/                 of a search: each a study's folder, with outcome.json
       recipe.py                 the config that the search chose
@@ -145,6 +146,7 @@ class Study(_Folder):
     items = _at("results/items.parquet", "all results in one, of a study that is kept")
     recipe = _at("recipe.py")
     outcome = _at("outcome.json", "what a trial of a search did")
+    asked = _at("judge.jsonl", "what the endpoint of eval.judge answered")
     report = _at("report/index.html")
     plots = _at("report/plots")
 

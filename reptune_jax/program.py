@@ -105,7 +105,7 @@ def load_model(c: ConfigDict) -> Model:
     templates.use(source.tokenizer, templates.parse(c.template_arguments))
     if unset := templates.unset(source.tokenizer):
         say(f"chat template: reads {', '.join(unset)}, not set in template_arguments")
-    if schema.find(c.behavior).is_file():  # who needs it says so
+    if behaviors.is_foreign(c.behavior) or schema.find(c.behavior).is_file():  # else who needs it
         context = families.context(source.config)
         behaviors.load(c.behavior).check_lengths(source.tokenizer, context)
     model = lm.load(source, c.dtype or None, where if where.size > 1 else None)

@@ -121,6 +121,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "eval.personas": _AT_LEAST_ONE,
     "eval.new_tokens": _AT_LEAST_ONE,
     "eval.batch": _AT_LEAST_ONE,
+    "eval.scale": Range(0, 10),
     "suites.names": configs.SUITES,
     "suites.limit": _COUNT,
     "suites.arms": tuple(arm for arm in configs.ARMS if arm != "bake"),  # which is `steer`
@@ -158,6 +159,9 @@ def check(config: ConfigDict) -> ConfigDict:
             "model: got '', expected a folder, hub id or .gguf file. Set --config.model=…"
         )
     templates.parse(out.template_arguments)
+    low, high = (*out.eval.scale, -1, -1)[:2]
+    if len(out.eval.scale) != 2 or not low < high:
+        raise ValueError(f"eval.scale: got {out.eval.scale}, expected low < high. Example: (1, 5).")
     _check_losses(out)
     _check_steps(out.train)
     for key in ("arms", "signs", "seeds"):

@@ -5,13 +5,13 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from reptune_jax.console import say
-from reptune_jax.data import positions, schema
-from reptune_jax.data.contrast import matched_personas
+from reptune_jax.data import adopt, foreign, positions, rows, schema
+from reptune_jax.data.contrast import has_personas, matched_personas
 from reptune_jax.data.schema import Item, select
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -40,6 +40,7 @@ class Behavior:
     name: str
     items: tuple[Item, ...] = dataclasses.field(repr=False)
     measures: tuple[str, ...]  # "metric:format" of `evals.measures`, the first is the main one
+    rubric: str = ""  # what a judge that is asked looks for in an answer
 
     @property
     def kind(self) -> str:
@@ -59,14 +60,14 @@ class Behavior:
         """That this config can be run on these items, before anything is.
 
         Raises:
-          ValueError: no matched personas, nothing in one of `splits`, or a position, or a letter to
-            project out, that its texts do not have.
+          ValueError: personas that do not match, or none where some are needed, nothing in one of
+            `splits`, or a position, or a letter to project out, that its texts do not have.
         """
         if self.digest not in _looked_through:  # the programs of a study need not say it again
             _looked_through.add(self.digest)
             if doubts := schema.check(self.items):
                 say(f"behavior {self.name}: {len(doubts)} doubts, e.g. {doubts[0]}")
-        matched_personas(self.items)
+        self._check_personas(c)
         for split in splits:
             if not self.select(split, self.kind):
                 had = ", ".join(s for s in schema.SPLITS if self.select(s, self.kind)) or "no split"
@@ -74,13 +75,38 @@ class Behavior:
                     f"behavior {self.name}: has no {_CALLED[self.kind]} in split {split!r}, only "
                     f"in {had}, expected some for {_USE[split]}. Add some."
                 )
-        self._check_position("vector.position", c.vector.position)
+        if not c.vector.data:  # whose texts are others
+            self._check_position("vector.position", c.vector.position)
         self._check_position("loss.position", c.loss.position)
+        if c.vector.project_out == LETTER and c.vector.data:
+            raise ValueError(
+                f"vector.project_out: got {LETTER!r} with vector.data, expected '' or a vector "
+                "file: pairs of a file have no verdicts. Set it to ''."
+            )
         if c.vector.project_out == LETTER and self.kind == "free":
             raise ValueError(
                 f"vector.project_out: got {LETTER!r}, expected '' or a vector file for "
                 f"{self.name}, a behavior with {_CALLED[self.kind]}, which have none. Set it to ''."
             )
+
+    def _check_personas(self, c: ConfigDict) -> None:
+        """Without personas answers are given, not asked for, and say nothing of a model's odds."""
+        if has_personas(self.items):
+            matched_personas(self.items)
+            return
+        needs = {
+            "vector.data": ("", self.kind == "claim" and not c.vector.data, "a file with pairs"),
+            "vector.correct_only": (True, c.vector.correct_only, "False"),
+            "targets.best_share": (c.targets.best_share, c.targets.best_share < 1, "1"),
+            "targets.dose": (c.targets.dose, c.targets.dose, "0"),
+            "loss.goal": (c.loss.goal, c.loss.match and c.loss.goal == "persona", "displaced"),
+        }
+        for key, (found, wrong, expected) in needs.items():
+            if wrong:
+                raise ValueError(
+                    f"{key}: got {found!r} for {self.name}, a behavior without personas, expected "
+                    f"{expected}. Set it, or add matched personas with labels 1 and 0."
+                )
 
     def check_lengths(self, tokenizer: "PreTrainedTokenizerBase", context: int | None) -> None:
         """That every prompt fits into a model's context, before anything is computed.
@@ -115,14 +141,39 @@ class Behavior:
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Behavior:
-    """A shipped behavior, or a .jsonl of one's own.
+    """A shipped behavior, a .jsonl of one's own, or another tool's data (`foreign.read`).
 
     Raises:
       FileNotFoundError, ValueError: no such file or behavior; a line that is wrong, by number.
     """
-    about, items = schema.read_jsonl(schema.find(name_or_path))
-    name = str(about.get("behavior") or Path(name_or_path).stem)
+    about: dict[str, Any] = {}
+    if is_foreign(name_or_path):
+        found = _read_once(os.fspath(name_or_path))
+        name, items = found.name, adopt.items(found)
+    else:
+        about, items = schema.read_jsonl(schema.find(name_or_path))
+        name = str(about.get("behavior") or Path(name_or_path).stem)
     formats = {item.format for item in items}
     default = [f"logodds:{form}" for form in ("free", "claim", "ab") if form in formats]
     measures = tuple(about.get("measures") or default)
-    return Behavior(name, tuple(items), measures)
+    return Behavior(name, tuple(items), measures, str(about.get("rubric", "")))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(name: str) -> foreign.Foreign:
+    """Every program of a study asks for it, and the hub may be slow."""
+    return foreign.read(name)
+
+
+def is_foreign(name: str | os.PathLike[str]) -> bool:
+    """Whether a behavior is another tool's: its name says so, or the first line of its file."""
+    at = rows.place(name)
+    if at.hub or at.columns or Path(at.path).suffix in (*rows.ENDINGS[2:], ".json"):
+        return True
+    if Path(at.path).suffix != ".jsonl" or not Path(at.path).is_file():
+        return False
+    try:
+        first = next(row for _, row in schema.json_lines(at.path))
+        return not foreign.is_own(first) and bool(foreign.recognized(at, first))
+    except ValueError:
+        return False  # a damaged file of ours: who reads it says what is wrong

@@ -69,6 +69,11 @@ def _keeps_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
         return False
 
 
+def has_personas(items: Sequence[Item]) -> bool:
+    """Whether answers can be asked for under personas; else they are the items' own."""
+    return any(item.format == "persona" for item in items)
+
+
 def matched_personas(items: Sequence[Item]) -> list[tuple[Item, Item]]:
     """(with the behavior, with its opposite) of every persona cluster, sorted by cluster.
 

@@ -60,13 +60,14 @@ class Item:
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Traversable:
-    """The file of a shipped behavior, or a .jsonl of one's own.
+    """The file of a shipped behavior, or of one's own.
 
     Raises:
       ValueError: no such behavior.
     """
     name = os.fspath(name_or_path)
-    if name.endswith(".jsonl") or Path(name).parent != Path("."):
+    path = Path(name.partition("?")[0])
+    if path.suffix or path.parent != Path(".") or name.startswith("hub:"):
         return Path(name)
     folder = shipped("behaviors")
     known = sorted(
@@ -76,8 +77,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Traversable:
         close = difflib.get_close_matches(name, known, n=1)
         meant = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"behavior: got {name!r}, expected one of {', '.join(known)}, or a path to a .jsonl "
-            f"file.{meant}"
+            f"behavior: got {name!r}, expected one of {', '.join(known)}, or a path to a "
+            f"file of items.{meant}"
         )
     return folder / f"{name}.jsonl"
 
@@ -85,7 +86,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Traversable:
 def read_jsonl(path: str | os.PathLike[str] | Traversable) -> tuple[dict[str, Any], list[Item]]:
     """(what the file says of the behavior as a whole, its items), checked line by line.
 
-    The first line may be {"behavior": name, "measures": ["metric:format", …]}; {} where it is not.
+    The first line may be {"behavior": name, "measures": ["metric:format", …]}, and "rubric", what a
+    judge that is asked looks for; {} where it is not.
 
     Raises:
       FileNotFoundError, ValueError: with file and line number.
@@ -95,7 +97,7 @@ def read_jsonl(path: str | os.PathLike[str] | Traversable) -> tuple[dict[str, An
     lines: dict[str, int] = {}
     for number, row in json_lines(path):
         if not items and not about and "measures" in row:
-            about = checked(row, _ABOUT, f"{path}, line {number}")
+            about = checked({"rubric": ""} | row, _ABOUT, f"{path}, line {number}")
             continue
         item = dataclasses.replace(_item(row, f"{path}, line {number}"), line=number)
         if item.id in lines:
@@ -125,11 +127,12 @@ def check(items: Sequence[Item]) -> list[str]:
     """
     ids = collections.Counter(i.id for i in items)
     problems = [f"id {key!r}: {n} times" for key, n in ids.items() if n > 1]
-    texts: dict[str, str] = {}
+    texts: dict[tuple[str, str], str] = {}
     splits: dict[str, str] = {}
     for i in items:
-        if texts.setdefault(_plain(i.text), i.id) != i.id:
-            problems.append(f"{i.id}: the same text as {texts[_plain(i.text)]}")
+        text = i.format, _plain(i.text)  # a prompt may be a scenario too
+        if texts.setdefault(text, i.id) != i.id:
+            problems.append(f"{i.id}: the same text as {texts[text]}")
         if splits.setdefault(i.cluster, i.split) != i.split:
             problems.append(
                 f"{i.id}: cluster {i.cluster!r} is in {splits[i.cluster]} and {i.split}"
@@ -326,4 +329,4 @@ _FIELDS = {
     "source": string,
     "license": string,
 }
-_ABOUT = {"behavior": string, "measures": _strings}
+_ABOUT = {"behavior": string, "measures": _strings, "rubric": text}

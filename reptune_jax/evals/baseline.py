@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
 from reptune_jax.console import say
+from reptune_jax.data.contrast import has_personas
 from reptune_jax.evals import arms
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench, prepare
@@ -29,7 +30,9 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
         bench = bench or prepare(c, study)
         untuned = Condition(bench.base, "base")
         rows = bench.rows(untuned) + bench.judge_rows(untuned)
-        if "prompt" in c.study.arms:
+        if "prompt" in c.study.arms and not has_personas(bench.behavior.items):
+            say(f"prompt: left out, {bench.behavior.name} has no personas")
+        elif "prompt" in c.study.arms:
             for sign in c.study.signs:
                 rows += bench.rows(best_prompt(bench, sign))
         write_parquet(study.baseline, rows)

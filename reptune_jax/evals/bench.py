@@ -3,19 +3,21 @@
 import collections
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from reptune_jax import program
+from reptune_jax import distributed, program
 from reptune_jax.config import digest
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.schema import Item
-from reptune_jax.evals import claims, generation, measures, scoring
+from reptune_jax.evals import claims, generation, judging, measures, scoring
 from reptune_jax.evals.arms import Condition
+from reptune_jax.evals.judging import Judge, Measured
 from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.results import Row
 from reptune_jax.folder import Study
@@ -31,20 +33,22 @@ class Bench:
     c: ConfigDict
     base: Model
     vector: SteeringVector
+    named: Callable[[], Measured | None]  # the judge of `eval.judge`, which is made when asked for
 
     @functools.cached_property
     def behavior(self) -> Behavior:
         return behaviors.load(self.c.behavior)
 
     @functools.cached_property
-    def judged(self) -> str | None:
-        """The metric that judges the behavior's generated answers, if there is one."""
-        return measures.judged(self.behavior.measures)
+    def judges(self) -> list[Judge]:
+        """Those that score generated answers: the behavior's own, and the named one where fit."""
+        own, named = judging.own(self.behavior), self.named()
+        return [*own, named.judge] if named and named.fit else own
 
     @functools.cached_property
     def primary(self) -> Measure:
         """What the study declared; by default the behavior's first measure."""
-        return Measure.parse(self.c.study.primary or self.behavior.measures[0])
+        return Measure.parse(judging.declared(self.c, self.behavior)[0])
 
     @functools.cached_property
     def references(self) -> list[scoring.Reference]:
@@ -82,7 +86,7 @@ class Bench:
 
     def free_rows(self, cond: Condition, prompts: list[Item]) -> list[Row]:
         """Answers to open prompts, judged where the behavior has a judge."""
-        return generation.rows(self.c.eval, cond, self.labels(cond), prompts, self.judged)
+        return generation.rows(self.c.eval, cond, self.labels(cond), prompts, self.judges)
 
     def primary_rows(self, cond: Condition, split: str) -> list[Row]:
         """What choices on validation are made by, and the measures that come with it."""
@@ -97,27 +101,36 @@ class Bench:
         """Mean of the primary measure.
 
         NaN where one of them is missing: the rest would be other items than those of other choices.
+        A judge that is asked may have no score of a few.
         """
         of = self.primary.metric, self.primary.format
-        return float(np.mean([row.value for row in rows if (row.metric, row.format) == of]))
+        values = np.array([row.value for row in rows if (row.metric, row.format) == of])
+        missing = np.isnan(values)
+        if METRICS[self.primary.metric].asked and missing.mean() <= judging.MOST_MISSING:
+            values = values[~missing]
+        return float(np.mean(values))
 
     def judge_rows(self, cond: Condition) -> list[Row]:
-        """The judge on test answers whose label is known: the report makes an AUROC of them."""
-        judge = METRICS[self.judged].judge if self.judged else None
-        if judge is None:
-            return []
-        labels = self.labels(cond)
+        """Each judge on test answers whose label is known: the report makes an AUROC of them.
+
+        Also of one that is too weak to judge anything else; `template` says whose score it is.
+        """
+        texts, labels = judging.labelled(self.behavior, "test")
+        found = [Measured(j, texts, labels, j.score(texts)) for j in judging.own(self.behavior)]
+        if named := self.named():
+            found.append(named)
         return [
             Row.of(
                 item,
-                labels,
+                self.labels(cond),
                 metric="judge",
-                value=judge(text),
-                label=label,
+                template=one.judge.metric,
+                value=float(value),
+                label=float(label),
                 text=text,
             )
-            for item in self.behavior.select("test", "free")
-            for text, label in ((item.pos, 1.0), (item.neg, 0.0))
+            for one in found
+            for (item, text), label, value in zip(one.texts, one.labels, one.scores, strict=True)
         ]
 
 
@@ -127,15 +140,22 @@ def say_missing(cond: Condition, rows: list[Row]) -> None:
     bad = collections.Counter(row.metric for row in rows if np.isnan(row.value))
     if bad:
         counts = ", ".join(f"{n} of {of[metric]} {metric}" for metric, n in sorted(bad.items()))
-        say(f"{cond.title}: missing, not finite in {cond.model.dtype}: {counts}")
+        unasked = any(not METRICS[metric].asked for metric in bad)
+        why = f"not finite in {cond.model.dtype}" if unasked else "no score of the judge"
+        say(f"{cond.title}: missing, {why}: {counts}")
 
 
 def prepare(c: ConfigDict, study: Study, model: Model | None = None) -> Bench:
     """Loads or makes everything a measurement needs."""
     behavior = behaviors.load(c.behavior)
     formats = {item.format for item in behavior.items} - {"persona"}
-    measures.check(behavior.measures, c.study.primary, formats)
+    judging.check(c, behavior)
+    measures.check(judging.declared(c, behavior), c.study.primary, formats)
     base = functools.cache(lambda: model or program.load_model(c))
     vector = extraction.run(c, study, base)
     extraction.fit(vector, base())
-    return Bench(c, base(), vector)
+    named = functools.cache(lambda: judging.named(c, study, base(), behavior))
+    bench = Bench(c, base(), vector, named)
+    if METRICS[bench.primary.metric].asked and not distributed.exists(study.baseline):
+        named()  # before anything is measured: it may be too weak
+    return bench

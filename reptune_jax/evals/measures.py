@@ -20,6 +20,7 @@ class Metric:
     higher: str = ""  # what more of it means
     formats: tuple[str, ...] = ()
     judge: Callable[[str], float] | None = None  # of a generated answer; higher = more behavior
+    asked: bool = False  # of a judge that `eval.judge` names, which is made for the study
 
 
 METRICS = {
@@ -81,6 +82,21 @@ METRICS = {
         formats=("free",),
         judge=wording.vividness,
     ),
+    "probe": Metric(
+        "log-odds that an answer shows the behavior, by a classifier of its labelled answers",
+        "Probe of generated answers",
+        "nats",
+        "more of the behavior",
+        ("free",),
+        asked=True,
+    ),
+    "rubric": Metric(
+        "expected score of how well the rubric fits an answer, by a chat model",
+        "Rubric score of generated answers",
+        higher="more of the behavior",
+        formats=("free",),
+        asked=True,
+    ),
 }
 _FORMATS = {"free": "open prompts", "claim": "claims", "ab": "scenarios"}
 
@@ -95,7 +111,7 @@ class Measure:
     @property
     def judged(self) -> bool:
         """Whether a judge of generated answers gives the number."""
-        return METRICS[self.metric].judge is not None
+        return METRICS[self.metric].judge is not None or METRICS[self.metric].asked
 
     @property
     def label(self) -> str:
@@ -143,5 +159,6 @@ def check(measures: Collection[str], primary: str, formats: Collection[str]) -> 
 
 
 def judged(measures: Iterable[str]) -> str | None:
-    """The metric, of a behavior's measures, that judges generated answers; None if none does."""
-    return next((m.metric for m in map(Measure.parse, measures) if m.judged), None)
+    """The metric, of a behavior's measures, that by itself judges answers; None if none does."""
+    names = (Measure.parse(text).metric for text in measures)
+    return next((name for name in names if METRICS[name].judge is not None), None)

@@ -128,6 +128,8 @@ def cosine_rows(
     for offset in range(-around, around):
         at_B = [len(p) + offset for p in prompts]
         fits = [b for b, t in enumerate(at_B) if 0 <= t < mask[b].sum()]
+        if not fits:  # all these answers are shorter
+            continue
         mean_N = cosine_NxBxT[:, fits, [at_B[b] for b in fits]].mean(axis=1)
         out += [
             Row(

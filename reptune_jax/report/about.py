@@ -8,7 +8,7 @@ import numpy as np
 
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.evals import judges
-from reptune_jax.evals.measures import Measure
+from reptune_jax.evals.measures import METRICS
 from reptune_jax.hub.side_files import public_name
 from reptune_jax.report import outcomes
 from reptune_jax.report import study as studies
@@ -66,7 +66,7 @@ def selection(study: Study) -> list[str]:
 def limitations(study: Study) -> list[str]:
     """Sentences that follow from the data alone."""
     rows = study.rows
-    lines = [_judge_line(study, study.judged)] if study.judged else []
+    lines = _judge_lines(study)
     for measure in study.measures():
         test = rows[
             (rows.metric == measure.metric)
@@ -131,18 +131,38 @@ def _at(setting: studies.Setting) -> str:
     return f" at layer {setting.layer}, dose {setting.dose:+g}".replace("-", "−")
 
 
-def _judge_line(study: Study, measure: Measure) -> str:
-    name = f"The judge ({measure.label})"
+def _judge_lines(study: Study) -> list[str]:
+    """What each judge is worth, also one that was too weak to judge anything."""
     rows = study.rows[(study.rows.metric == "judge") & study.rows.label.notna()]
-    if rows.empty:
-        return f"{name} was not checked against labelled texts in this study."
-    auroc = judges.judge_auroc(rows.value, rows.label, rows.cluster)
-    weak = auroc.estimate < judges.MIN_AUROC
-    return (
-        f"{name} separates labelled reference answers with AUROC "
-        f"{interval(auroc, signed=False)} ({auroc.n} texts)"
-        + (": too weak to be evidence." if weak else ".")
-    )
+    named = str((study.config.get("config", {}).get("eval") or {}).get("judge", ""))
+    judged = {m.metric: m for m in study.measures() if m.judged}
+    # In earlier studies there was one judge, which the rows do not name.
+    found = rows.template.where(rows.template != "", next(iter(judged), ""))
+    lines = []
+    for metric in dict.fromkeys([*judged, *found]):
+        if metric not in METRICS:
+            continue
+        own, asked = rows[found == metric], METRICS[metric].asked
+        name = f"The judge ({METRICS[metric].label}{f', {_public(named)}' if asked else ''})"
+        if own.empty:
+            lines.append(f"{name} was not checked against labelled texts in this study.")
+            continue
+        auroc = judges.judge_auroc(own.value, own.label, own.cluster)
+        missing = int(own.value.isna().sum())
+        texts = f"{auroc.n} texts" + (f", {missing} without a score" if missing else "")
+        weak = ": too weak to be evidence" if auroc.estimate < judges.MIN_AUROC else ""
+        unused = "" if metric in judged else ", so it judged nothing"
+        lines.append(
+            f"{name} separates labelled reference answers with AUROC "
+            f"{interval(auroc, signed=False)} ({texts}){weak}{unused}."
+        )
+    return lines
+
+
+def _public(named: str) -> str:
+    """`eval.judge` without a path of this machine."""
+    kind, _, of = named.partition(":")
+    return f"{kind}:{public_name(of)}" if of and kind != "openai" else named
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,11 @@ HEADLINE = _line("""
     training seeds. d_z: mean over SD of the per-item Δ. Against: share of items that moved
     opposite to the arm's sign. ood: items from another source or format.
 """)
+KINDS = _line("""
+    The table above, by the tags of the items: a mean over all hides whether an arm moved where it
+    should. Base: mean; others: paired Δ to it, with intervals as above. Tags of two to eight kinds,
+    each of at least eight test items. Not corrected for their number: where to look, no verdict.
+""")
 FAMILY = _line("""
     Which comparisons are made, and on which measure, is fixed in the code and not by the results.
     Advantage = sign × (dual − rival), paired by item: positive means that dual moved further in

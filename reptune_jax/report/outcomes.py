@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from reptune_jax.evals import stats
-from reptune_jax.evals.measures import Measure
+from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.stats import Interval
 from reptune_jax.report import captions, claims
 from reptune_jax.report import study as studies
@@ -109,7 +109,7 @@ def collapse(study: Study, setting: Setting, split: str = "test") -> list[str]:
     if found and len(seeds) > 1:
         found[0] = f"{len(by_seed)} of {len(seeds)} seeds: {found[0]}"
     for (metric, at), (gone, of) in study.missing(setting).items():
-        if at == split and gone > _GONE * of:
+        if at == split and gone > _GONE * of and not METRICS[metric].asked:
             found.append(f"{gone} of {of} values of {metric} are not finite")
     return found
 

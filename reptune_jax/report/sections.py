@@ -9,7 +9,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from reptune_jax.evals.measures import Measure
-from reptune_jax.report import about, capability, captions, claims, outcomes, plots, tables, texts
+from reptune_jax.report import (
+    about,
+    capability,
+    captions,
+    claims,
+    kinds,
+    outcomes,
+    plots,
+    tables,
+    texts,
+)
 from reptune_jax.report.blocks import Block, Cards, Lines, Plot
 from reptune_jax.report.study import Study
 
@@ -28,7 +38,8 @@ def _effect(study: Study) -> list[Block]:
     forests = [_plot(study, "forest", measure) for measure in study.measures()]
     if not blocks:
         return [Lines(["No behavior measure in the results yet."], note=True)]
-    return [blocks[0], forests[0], *blocks[1:], *forests[1:]]
+    by_kind = kinds.table(study, study.primary) if study.primary else None
+    return [blocks[0], forests[0], *([by_kind] if by_kind else []), *blocks[1:], *forests[1:]]
 
 
 def _family(study: Study) -> list[Block]:

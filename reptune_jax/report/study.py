@@ -71,6 +71,7 @@ class Study:
     primary_chosen: bool = False  # by the caller, against what the study declared
     kl_budget: float | None = None
     margin: float = MARGIN
+    tags: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # item_id -> "key:…"
 
     @functools.cached_property
     def cells(self) -> dict[Cell, pd.DataFrame]:
@@ -262,6 +263,7 @@ def read(
         primary_chosen=bool(primary) and primary != declared,
         kl_budget=kl_budget,
         margin=margin,
+        tags={item.id: item.tags for item in items},
     )
 
 

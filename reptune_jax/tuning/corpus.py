@@ -246,7 +246,8 @@ def _claim_examples(
     The persona of the loss `match` is the sign's in the first cluster by name, which is also the
     first that the vector was read under; the arm `prompt` chooses its own.
     """
-    out, persona = [], matched_personas(behavior.items)[0][c.sign < 0]
+    out = []
+    persona = matched_personas(behavior.items)[0][c.sign < 0] if _matches_persona(c) else None
     for template in c.train.templates:
         for contrast in claim_prompts(behavior.select(split, "claim"), template):
             text = templates.chat_text(model.tokenizer, contrast.messages)
@@ -258,7 +259,7 @@ def _claim_examples(
             label, other = (right, wrong) if c.sign > 0 else (wrong, right)
             neutral = c.loss.targets == "neutral"
             under: list[int] = []
-            if _matches_persona(c):
+            if persona is not None:
                 turns = with_system(persona, contrast.messages)
                 under = model.encode_prompt(fold_system(model.tokenizer, turns))
             out.append(examples.verdict_example(ids, label, other, span, neutral, under))

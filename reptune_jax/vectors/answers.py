@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from reptune_jax.data import positions
-from reptune_jax.data.contrast import persona_pairs
+from reptune_jax.data.contrast import has_personas, persona_pairs
 from reptune_jax.data.schema import Item
 from reptune_jax.data.tuning import Answer
-from reptune_jax.hub.endings import said
+from reptune_jax.hub.endings import end_of_turn, said
+from reptune_jax.hub.tokenizer import known_ids
 from reptune_jax.lm import Model
 from reptune_jax.model.intervene import Steerable
 from reptune_jax.vectors.capture import Span
@@ -19,7 +20,13 @@ SIGNS = (1, -1)
 def persona_prompts(
     model: Model, items: Sequence[Item], prompts: Sequence[Item]
 ) -> dict[int, list[list[int]]]:
-    """sign -> ids of every prompt under a persona of that sign; matched pairs take turns."""
+    """sign -> ids of every prompt under a persona of that sign; matched pairs take turns.
+
+    Without personas the prompts stand alone.
+    """
+    if not has_personas(items):
+        plain = [model.encode_prompt(list(prompt.messages)) for prompt in prompts]
+        return {1: plain, -1: plain}
     pairs = persona_pairs(items, prompts, model.tokenizer)
     return {
         1: [model.encode_prompt(positive) for positive, _, _ in pairs],
@@ -39,14 +46,20 @@ def write_answers(
 ) -> list[Answer]:
     """Greedy answers of the persona of `sign`, optionally steered while they are written.
 
+    Without personas they are the items' own, `pos` or `neg`, each ended as a chat's turns are.
+
     With `score`, each gets the unsteered model's own persona odds: how much likelier the answer is
     under its persona than under the opposite one. No outside judge sees it.
     """
     of_sign = persona_prompts(model, items, prompts)
     own, other = of_sign[sign], of_sign[-sign]
-    new = model.generate_each(own, max_new, steer=steer, batch_size=batch_size)
+    asked = has_personas(items)
+    if asked:
+        new = model.generate_each(own, max_new, steer=steer, batch_size=batch_size)
+    else:
+        new = [_given(model, p.pos if sign > 0 else p.neg) for p in prompts]
     odds = np.full(len(new), np.nan)
-    if score:
+    if score and asked:
         odds = _logp(model, own, new, batch_size) - _logp(model, other, new, batch_size)
     return [
         Answer(
@@ -78,6 +91,12 @@ def answer_spans(
         where = positions.span(model.tokenizer, ids, len(prompt), position)
         spans.append(Span(ids, *where, len(prompt), item.cluster))
     return spans
+
+
+def _given(model: Model, answer: str) -> list[int]:
+    ids = model.tokenizer.encode(answer, add_special_tokens=False)
+    end = end_of_turn(model.tokenizer)
+    return known_ids(model.tokenizer, ids if end is None else [*ids, end], model.arch.V)
 
 
 def _logp(

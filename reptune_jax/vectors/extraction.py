@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from reptune_jax import distributed
 from reptune_jax.console import say
+from reptune_jax.data import adopt, foreign, schema
 from reptune_jax.data import behavior as behaviors
-from reptune_jax.data import schema
 from reptune_jax.data.behavior import LETTER, Behavior
+from reptune_jax.data.contrast import has_personas
+from reptune_jax.data.foreign import Foreign
 from reptune_jax.data.schema import Item
 from reptune_jax.data.tuning import Answer, answer_row
 from reptune_jax.folder import Study, write_whole
@@ -20,6 +22,7 @@ from reptune_jax.hub import templates
 from reptune_jax.lm import Model
 from reptune_jax.vectors import answers, claims, quality
 from reptune_jax.vectors.capture import Span, make_vector
+from reptune_jax.vectors.pairs import load_pairs, span
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
@@ -41,6 +44,8 @@ def _make(
 ) -> SteeringVector:
     if not distributed.exists(study.vector):
         _given_nuisance(c)
+        if c.vector.data:
+            foreign.read(c.vector.data)
         load()  # where a first start may still fail, and then claims nothing
     study.claim(c)
     if not distributed.exists(study.vector):
@@ -53,7 +58,8 @@ def _make(
         fit(vector, load())
         targets = make_targets(c, load(), behavior, vector)
         distributed.once(lambda: write_targets(study.targets, targets))
-        say(f"targets: personas' own answers -> {study.targets}")
+        whose = "personas' own" if has_personas(behavior.items) else "given"
+        say(f"targets: {whose} answers -> {study.targets}")
     return vector
 
 
@@ -82,8 +88,13 @@ def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVect
         given.check_shape(model.arch.N, model.arch.D)
         meta["project_out"] = given.digest
     nuisance_NxD = None if given is None else given.directions_NxD
-    if behavior.kind == "free":
-        positives, negatives = _free_spans(c, model, behavior)
+    if c.vector.data:
+        found = foreign.read(c.vector.data)
+        meta["data"] = f"{found.name}: {found.format}"
+        positives, negatives = _given_spans(c, model, found)
+    elif behavior.kind == "free":
+        prompts = behavior.select("train", "free")[: c.vector.pairs]
+        positives, negatives = _free_spans(c, model, behavior.items, prompts)
     else:
         asked = claims.read_pairs(c.vector, model, behavior)
         positives, negatives = claims.spans(model, asked, c.vector.position)
@@ -179,8 +190,25 @@ def write_targets(path: Path, targets: list[Answer]) -> None:
     write_whole(path, "".join(json.dumps(answer_row(row)) + "\n" for row in targets))
 
 
-def _free_spans(c: ConfigDict, model: Model, behavior: Behavior) -> tuple[list[Span], list[Span]]:
-    items, prompts = behavior.items, behavior.select("train", "free")[: c.vector.pairs]
+def _given_spans(c: ConfigDict, model: Model, found: Foreign) -> tuple[list[Span], list[Span]]:
+    """Pairs of another file; questions that come with personas are answered under them."""
+    if found.personas:
+        items = adopt.asked(found)
+        return _free_spans(c, model, items, schema.select(items, format="free")[: c.vector.pairs])
+    pairs = load_pairs(found, model)[: c.vector.pairs]
+    if not pairs:
+        raise ValueError(
+            f"vector.data {c.vector.data}: got no pairs, expected texts of both sides. Add some."
+        )
+    positives, negatives = (
+        [span(model, pair[side], c.vector.position) for pair in pairs] for side in (0, 1)
+    )
+    return positives, negatives
+
+
+def _free_spans(
+    c: ConfigDict, model: Model, items: Sequence[Item], prompts: Sequence[Item]
+) -> tuple[list[Span], list[Span]]:
     sides = []
     for sign in answers.SIGNS:
         written = answers.write_answers(
@@ -192,7 +220,8 @@ def _free_spans(c: ConfigDict, model: Model, behavior: Behavior) -> tuple[list[S
             batch_size=c.eval.batch,
             score=c.vector.correct_only,
         )
-        say(f"persona {sign:+d}, e.g.: {written[0].text!r}")
+        whose = "persona" if has_personas(items) else "given"
+        say(f"{whose} {sign:+d}, e.g.: {written[0].text!r}")
         sides.append(written)
     positive, negative = (
         answers.answer_spans(model, items, prompts, written, c.vector.position) for written in sides

@@ -1,9 +1,13 @@
 """`extract`: a vector from pairs of raw text, the library's one-call way in."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from reptune_jax.data import positions
+from reptune_jax.data import foreign, positions
+from reptune_jax.data.contrast import fold_system
+from reptune_jax.data.foreign import Foreign
+from reptune_jax.hub import templates
 from reptune_jax.hub.tokenizer import known_ids
 from reptune_jax.lm import Model
 from reptune_jax.model import inputs
@@ -12,6 +16,43 @@ from reptune_jax.vectors.methods import METHODS
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 Side = str | tuple[str, str]  # raw text, or (prompt, completion)
+
+
+def load_pairs(
+    name: str | os.PathLike[str] | Foreign, model: Model | None = None
+) -> list[tuple[Side, Side]]:
+    """(positive, negative) pairs for `extract`, of a file or hub data set of another tool.
+
+    `name` is a path, or `hub:` and an id; `?column=…` behind it names columns (`data.rows`). With a
+    model, prompts are rendered by its chat template; without, a newline stands between prompt and
+    answer. Texts that have no prompt stay as they are: true and false statements are paired in
+    their order, as far as there are both. Of personas with questions a side is the prompt alone.
+
+    Raises:
+      FileNotFoundError, ValueError: no such data, or of no known format.
+    """
+    found = name if isinstance(name, Foreign) else foreign.read(name)
+
+    def prompt(turns: Sequence[dict[str, str]]) -> str:
+        if model is None:
+            return "\n\n".join(turn["content"] for turn in turns) + "\n"
+        return templates.chat_text(model.tokenizer, fold_system(model.tokenizer, list(turns)))
+
+    pairs: list[tuple[Side, Side]] = []
+    for turns, *answers in found.given:
+        if turns:
+            positive, negative = ((prompt(turns), answer.strip()) for answer in answers)
+            pairs.append((positive, negative))
+        else:
+            pairs.append((answers[0], answers[1]))
+    true, false = ([text for text, of in found.claims if of == label] for label in (1, 0))
+    pairs += zip(true, false, strict=False)
+    for i, question in enumerate(found.questions):
+        asked = {"role": "user", "content": question}
+        sides = found.personas[i % len(found.personas)]
+        more, less = (prompt([{"role": "system", "content": side}, asked]) for side in sides)
+        pairs.append((more, less))
+    return pairs
 
 
 def extract(
@@ -53,7 +94,7 @@ def extract(
         project_out.check_shape(model.arch.N, model.arch.D)
         meta["project_out"], nuisance_NxD = project_out.digest, project_out.directions_NxD
     positives, negatives = (
-        [_span(model, pair[side], position) for pair in pairs] for side in (0, 1)
+        [span(model, pair[side], position) for pair in pairs] for side in (0, 1)
     )
     return make_vector(model, positives, negatives, method, meta, batch_size, nuisance_NxD)
 
@@ -66,7 +107,8 @@ def _is_side(value: Any) -> bool:
     return isinstance(value, str) or _is_pair(value, lambda text: isinstance(text, str))
 
 
-def _span(model: Model, side: Side, position: str | int) -> Span:
+def span(model: Model, side: Side, position: str | int) -> Span:
+    """One side as ids, with the tokens that are read."""
     prompt, completion = (side, "") if isinstance(side, str) else side
     more_ids = model.tokenizer.encode(completion, add_special_tokens=False)
     prompt_ids = model.encode_prompt(prompt, chat=False)

@@ -9,7 +9,7 @@ import pytest
 import reptune_jax as rt
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
-from reptune_jax.evals import bench, claims, generation, scoring
+from reptune_jax.evals import bench, claims, generation, judging, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row
 from reptune_jax.evals.sweep import Cell, choose, dual_kl
@@ -43,7 +43,7 @@ def test_every_measure_of_a_broken_condition_is_missing(broken, ours, behavior, 
     tiny_behavior.patch_neutral(monkeypatch)
     settings = tiny_behavior.settings("m", "b").eval
     items, labels = behavior.select("test", "free"), LABELS | broken.labels
-    answers = generation.rows(settings, broken, labels, items, "vader")
+    answers = generation.rows(settings, broken, labels, items, judging.own(behavior))
     assert {row.metric for row in answers} == {"distinct2", "rep4", "stopped", "vader"}
     assert all(math.isnan(row.value) and row.text == "" for row in answers)
     odds = scoring.contrast_rows(broken, labels, items, 4)
