@@ -2,8 +2,10 @@
 
     python -m reptune_jax.study --config=behaviors:sycophancy --workdir=runs/sycophancy
 
-Targets are what the model itself says under the personas. The measure is declared here, before a
-study runs; where the judge of a behavior is weak it is the log-odds (docs/behaviors.md).
+Vector and targets are the behavior's own answers: a model of this size hardly says under personas
+what they ask for (docs/results.md). `:sycophancy,persona` takes the personas' answers all the same.
+The measure is declared here, before a study runs; where the judge of a behavior is weak it is the
+log-odds (docs/behaviors.md).
 """
 
 from ml_collections import ConfigDict
@@ -20,17 +22,22 @@ PRIMARY = {
 
 
 def get_config(arg: str = "sycophancy") -> ConfigDict:
-    if arg not in PRIMARY:
+    name, _, answers = arg.partition(",")
+    if name not in PRIMARY or answers not in ("", "persona"):
         raise ValueError(
-            f"configs/behaviors.py: got {arg!r}, expected one of {', '.join(PRIMARY)}."
+            f"configs/behaviors.py: got {arg!r}, expected one of {', '.join(PRIMARY)}, with or "
+            "without ',persona' behind it."
         )
     c = default()
     c.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    c.behavior = arg
+    c.behavior = name
     c.vector.pairs = 48
     c.vector.answer_tokens = 24
     c.targets.max_repeat = 0.0  # loops are learned as readily as behavior
-    c.targets.best_share = 0.5
+    if answers:
+        c.targets.best_share = 0.5
+    else:
+        c.vector.answers = c.targets.answers = "given"
     c.loss.cosine = 8.0
     c.loss.center = True
     c.loss.retain = 4.0
@@ -51,7 +58,7 @@ def get_config(arg: str = "sycophancy") -> ConfigDict:
     c.eval.heat_map = 0
     c.eval.personas = 3
     c.eval.new_tokens = 24
-    c.study.primary = PRIMARY[arg]
+    c.study.primary = PRIMARY[name]
     c.study.arms = ("base", "prompt", "steer", "weights", "token", "dual", "random")
     c.study.seeds = (0, 1, 2)
     return c

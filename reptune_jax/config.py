@@ -103,6 +103,7 @@ def default() -> ConfigDict:
 
     c.vector = _vector()
     c.targets = ConfigDict()  # what the token loss is trained on
+    c.targets.answers = "persona"  # what the personas write; given: the behavior's own texts
     c.targets.prompts = 0  # tuning prompts used, 0 = all
     c.targets.dose = 0.0  # persona answers written under this dose of the vector too
     c.targets.layers = (15,)  # … added at these layers
@@ -129,6 +130,7 @@ def _vector() -> ConfigDict:
     c.method = "mean_diff"  # one of METHODS
     c.position = "response"  # response | last | before_answer | all | offset from the end
     c.norm = "raw"  # raw: dose 1 = class-mean difference; unit: dose 1 = residual norm
+    c.answers = "persona"  # what the personas write; given: the behavior's own texts
     c.pairs = 96  # at most this many pairs
     c.correct_only = False  # keep pairs whose greedy answers fit their persona
     c.paired = True  # same statement on both sides

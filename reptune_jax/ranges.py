@@ -45,6 +45,8 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "vector.norm": ("raw", "unit"),
     "vector.pairs": _AT_LEAST_ONE,
     "vector.answer_tokens": _AT_LEAST_ONE,
+    "vector.answers": ("persona", "given"),
+    "targets.answers": ("persona", "given"),
     "targets.prompts": _COUNT,
     "targets.dose": _DOSE,
     "targets.layers": _COUNT,

@@ -89,23 +89,34 @@ class Behavior:
                 f"{self.name}, a behavior with {_CALLED[self.kind]}, which have none. Set it to ''."
             )
 
+    def asked(self, answers: str) -> tuple[Item, ...]:
+        """The items whose personas write answers; none of them are left where they are given."""
+        return tuple(i for i in self.items if answers == "persona" or i.format != "persona")
+
     def _check_personas(self, c: ConfigDict) -> None:
-        """Without personas answers are given, not asked for, and say nothing of a model's odds."""
-        if has_personas(self.items):
+        """Given answers are not asked for under personas, and say nothing of a model's odds."""
+        personas = has_personas(self.items)
+        if personas:
             matched_personas(self.items)
-            return
-        needs = {
-            "vector.data": ("", self.kind == "claim" and not c.vector.data, "a file with pairs"),
-            "vector.correct_only": (True, c.vector.correct_only, "False"),
-            "targets.best_share": (c.targets.best_share, c.targets.best_share < 1, "1"),
-            "targets.dose": (c.targets.dose, c.targets.dose, "0"),
-            "loss.goal": (c.loss.goal, c.loss.match and c.loss.goal == "persona", "displaced"),
-        }
-        for key, (found, wrong, expected) in needs.items():
-            if wrong:
+        claims, share = self.kind == "claim", c.targets.best_share
+        read, written = (
+            personas and (claims or of.answers == "persona") for of in (c.vector, c.targets)
+        )
+        goal = c.loss.match and c.loss.goal == "persona"
+        # What takes personas: (key, its value, whether that does, whether there are some, else).
+        needs = (
+            ("vector.data", "", claims and not c.vector.data, personas, "a file with pairs"),
+            ("vector.correct_only", True, c.vector.correct_only, read, "False"),
+            ("targets.best_share", share, share < 1, written, "1"),
+            ("targets.dose", c.targets.dose, c.targets.dose, written, "0"),
+            ("loss.goal", c.loss.goal, goal, personas, "displaced"),
+        )
+        for key, found, takes, there, expected in needs:
+            if takes and not there:
                 raise ValueError(
-                    f"{key}: got {found!r} for {self.name}, a behavior without personas, expected "
-                    f"{expected}. Set it, or add matched personas with labels 1 and 0."
+                    f"{key}: got {found!r} for {self.name}, whose answers no persona writes, "
+                    f"expected {expected}. Set it, or have answers written by personas, matched "
+                    "ones with labels 1 and 0."
                 )
 
     def check_lengths(self, tokenizer: "PreTrainedTokenizerBase", context: int | None) -> None:

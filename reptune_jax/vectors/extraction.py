@@ -58,7 +58,7 @@ def _make(
         fit(vector, load())
         targets = make_targets(c, load(), behavior, vector)
         distributed.once(lambda: write_targets(study.targets, targets))
-        whose = "personas' own" if has_personas(behavior.items) else "given"
+        whose = "personas' own" if has_personas(behavior.asked(c.targets.answers)) else "given"
         say(f"targets: {whose} answers -> {study.targets}")
     return vector
 
@@ -94,7 +94,7 @@ def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVect
         positives, negatives = _given_spans(c, model, found)
     elif behavior.kind == "free":
         prompts = behavior.select("train", "free")[: c.vector.pairs]
-        positives, negatives = _free_spans(c, model, behavior.items, prompts)
+        positives, negatives = _free_spans(c, model, behavior.asked(c.vector.answers), prompts)
     else:
         asked = claims.read_pairs(c.vector, model, behavior)
         positives, negatives = claims.spans(model, asked, c.vector.position)
@@ -134,7 +134,7 @@ def make_targets(
         for split in ("tune", "val"):
             out += answers.write_answers(
                 model,
-                behavior.items,
+                behavior.asked(c.targets.answers),
                 asked(c, behavior, split),
                 sign,
                 c.vector.answer_tokens,

@@ -133,7 +133,7 @@ def test_without_personas_the_answers_are_the_files_own(made, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"targets__dose": 2.0}, r"targets\.dose: got 2\.0 for caa, a behavior without personas"),
+        ({"targets__dose": 2.0}, r"targets\.dose: got 2\.0 for caa, whose answers no persona"),
         ({"targets__best_share": 0.5}, r"targets\.best_share: got 0\.5 .*expected 1\."),
         ({"vector__correct_only": True}, r"vector\.correct_only"),
     ],
