@@ -130,6 +130,29 @@ def test_without_personas_the_answers_are_the_files_own(made, tmp_path):
     assert one.sizes == (len(read.select("tune", "free")),)
 
 
+def test_given_answers_are_taken_although_there_are_personas(made, tmp_path):
+    folder, model = made
+    given = {"vector__answers": "given", "targets__answers": "given", "vector__pairs": 3}
+    c = tiny_behavior.settings(folder / "model", tiny_behavior.write(tmp_path), **given)
+    read = behavior.load(c.behavior)
+    assert read.select(format="persona")
+    vector = extraction.read_vector(c, model, read)
+    (end,) = model.tokenizer.encode(tiny.END)
+    sides = []
+    for side in ("pos", "neg"):  # prompt and answer without a persona
+        of = [(chat(("user", i.messages[-1]["content"])), i) for i in read.select("train", "free")]
+        sides.append([(prompt, getattr(i, side) + tiny.END) for prompt, i in of[:3]])
+    alone = rt.extract(model, list(zip(*sides, strict=True)), position="response")
+    scale = np.abs(alone.directions_NxD).max()
+    np.testing.assert_allclose(vector.directions_NxD, alone.directions_NxD, atol=1e-4 * scale)
+    for t in extraction.make_targets(c, model, read, vector):
+        (item,) = [i for i in read.items if i.id == t.item]
+        assert t.text == (item.pos if t.sign > 0 else item.neg) and t.ids[-1] == end
+    c.targets.best_share = 0.5  # by the odds of personas
+    with pytest.raises(ValueError, match=r"best_share: got 0\.5 for sentiment, whose answers no"):
+        read.check(c)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
