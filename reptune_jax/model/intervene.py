@@ -5,6 +5,7 @@ so a whole layer x dose sweep is one compiled program.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,6 +19,9 @@ from reptune_jax.model.precision import in_float32
 
 _EPS = 1e-8
 _PARALLEL = 1e-6  # of a residual's length: with less beside v there is no plane to turn in
+
+OPERATIONS = ("add", "ablate", "clamp", "rescale", "rotate")
+_RULES = "all, prompt, generated, answer, last:N or generated:FIRST-STOP"
 
 
 @flax.struct.dataclass
@@ -75,6 +79,29 @@ def rows(
     to_come_BxM = xp.broadcast_to(xp.arange(new), (len(mask_BxT), new)) + real_Bx1 - start_Bx1
     place_BxT = xp.concatenate([nth_BxT - start_Bx1, to_come_BxM], axis=1)
     return Rows(place_BxT, prompt_BxT, cosine)
+
+
+def span(rule: str) -> tuple[float, float]:
+    """[first, stop) of the places that a rule means, counted from the answer's first token, 0.
+
+    all; prompt; generated: the answer's tokens; answer: those and the prompt's last one, which is
+    every token that something of the answer is predicted from; last:3, of the prompt;
+    generated:0-8, the answer's first eight; generated:8-, those behind them.
+
+    Raises:
+      ValueError: no such rule.
+    """
+    places = {"all": (-np.inf, np.inf), "prompt": (-np.inf, 0), "generated": (0, np.inf)}
+    places["answer"] = (-1, np.inf)
+    if rule in places:
+        return places[rule]
+    if (found := re.fullmatch(r"last:(\d+)", rule)) and int(found[1]):
+        return -int(found[1]), 0
+    if found := re.fullmatch(r"generated:(\d+)-(\d*)", rule):
+        first, stop = int(found[1]), float(found[2] or np.inf)
+        if first < stop:
+            return first, stop
+    raise ValueError(f"tokens: got {rule!r}, expected {_RULES}. Example: generated:0-8")
 
 
 class Steerable(Protocol):

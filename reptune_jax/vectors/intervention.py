@@ -6,7 +6,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Union
 
@@ -14,14 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from reptune_jax.model.arch import Arch
-from reptune_jax.model.intervene import Rows, Steer, Steers
+from reptune_jax.model.intervene import OPERATIONS, Rows, Steer, Steers, span
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
     from reptune_jax.lm import Model
-
-OPERATIONS = ("add", "ablate", "clamp", "rescale", "rotate")
-RULES = "all, prompt, generated, answer, last:N or generated:FIRST-STOP"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +58,7 @@ class Intervention:
     clamp    that component set to dose |v|
     rescale  as add, then the length that h had
     rotate   h turned toward v by `dose` degrees at most, away where negative; its length stays
-    `tokens` is one of `RULES`.
+    `tokens` is all, prompt, generated, answer, last:N or generated:FIRST-STOP.
 
     Raises:
       ValueError: no such operation, rule or layer; or a dose that is not finite.
@@ -173,26 +169,3 @@ class Interventions:
 
     def steer(self, arch: Arch, rows: Rows) -> Steers:
         return tuple(steer for part in self.parts for steer in part.steer(arch, rows))
-
-
-def span(rule: str) -> tuple[float, float]:
-    """[first, stop) of the places that a rule means, counted from the answer's first token, 0.
-
-    all; prompt; generated: the answer's tokens; answer: those and the prompt's last one, which is
-    every token that something of the answer is predicted from; last:3, of the prompt;
-    generated:0-8, the answer's first eight; generated:8-, those behind them.
-
-    Raises:
-      ValueError: no such rule.
-    """
-    places = {"all": (-np.inf, np.inf), "prompt": (-np.inf, 0), "generated": (0, np.inf)}
-    places["answer"] = (-1, np.inf)
-    if rule in places:
-        return places[rule]
-    if (found := re.fullmatch(r"last:(\d+)", rule)) and int(found[1]):
-        return -int(found[1]), 0
-    if found := re.fullmatch(r"generated:(\d+)-(\d*)", rule):
-        first, stop = int(found[1]), float(found[2] or np.inf)
-        if first < stop:
-            return first, stop
-    raise ValueError(f"tokens: got {rule!r}, expected {RULES}. Example: generated:0-8")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import reptune_jax as rt
-from reptune_jax.vectors.intervention import OPERATIONS, Intervention, When, span
+from reptune_jax.model.intervene import OPERATIONS, span
+from reptune_jax.vectors.intervention import Intervention, When
 from tests.support import tiny
 from tests.support.steering_case import draw_batch, make_vector
 
