@@ -40,14 +40,15 @@ def picture(
     """A PNG: layers upwards, tokens to the right; colors as in `page`."""
     shown_LxT = value_NxT[list(layers)]
     share_LxT = np.clip(shown_LxT / limits(shown_LxT)[:, None], -1, 1)
-    size = (2 + 0.22 * len(pieces), 1.6 + 0.18 * len(layers))
+    size = (max(6, 2 + 0.22 * len(pieces)), 1.6 + 0.18 * len(layers))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     ax = figure.subplots()
     image = ax.imshow(share_LxT, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", origin="lower")
     ax.set_yticks(range(len(layers)), map(str, layers))
     ax.set_xticks(range(len(pieces)), [repr(p)[1:-1] for p in pieces], rotation=90)
     ax.tick_params(labelsize=7)
-    ax.set(ylabel="layer (block output)", title=title)
+    ax.set_ylabel("layer (block output)")
+    ax.set_title(title, loc="left", fontsize=8)
     figure.colorbar(image, label="share of the layer's largest")
     out = io.BytesIO()
     figure.savefig(out, format="png")
