@@ -81,10 +81,8 @@ def steered(
     has no sign: what it removes may point either way.
     """
     operation, tokens, width = (how.operation, how.tokens, how.width) if how else ("add", "all", 1)
-    at, signed = (
-        vector.at(range(layer, layer + width)),
-        dose if operation == "ablate" else sign * dose,
-    )
+    at = vector.at(range(layer, layer + width))
+    signed = dose if operation == "ablate" else sign * dose
     steer: Steerable = at * signed
     if (operation, tokens) != ("add", "all"):
         steer = Intervention(at, signed, operation, tokens)

@@ -248,6 +248,8 @@ def test_what_cannot_be_meant_is_refused_by_name():
     ]:
         with pytest.raises(ValueError, match=message):
             Intervention(v, **given)
+    with pytest.raises(ValueError, match="bake: got Intervention, expected a SteeringVector"):
+        rt.bake(None, Intervention(v, tokens="prompt"))
     with pytest.raises(ValueError, match=r"when.layer: got 0, expected one of .*\[1, 2\]"):
         When(v, 0, 0.1)
     with pytest.raises(ValueError, match=r"when.above: got 2, expected a cosine from -1 to 1"):
