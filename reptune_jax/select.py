@@ -29,7 +29,7 @@ from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
 from reptune_jax.data.behavior import Behavior
-from reptune_jax.evals import arms, measures, scoring
+from reptune_jax.evals import arms, judging, measures, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench
 from reptune_jax.evals.results import Row
@@ -105,7 +105,8 @@ def run(c: ConfigDict, workdir: Path) -> Path:
         behavior.check(Setting(method, position, 0).of(c, 1.0, c.select.max_kl), "train")
     study.check(c)
     formats = {item.format for item in behavior.items} - {"persona"}
-    measures.check(behavior.measures, c.study.primary, formats)
+    judging.check(c, behavior)
+    measures.check(judging.declared(c, behavior), c.study.primary, formats)
     with study.writing():
         model = program.load_model(c)
         layers = layers_of(c, model.arch.N)
@@ -177,6 +178,7 @@ class Search:
         self.known = _read(study.selection)
         self.answers: extraction.Sides = []  # of the personas, once written
         self.vector = functools.cache(self._vector)
+        self.named = functools.cache(lambda: judging.named(c, study, model, behavior))
 
     def points(self, setting: Setting, shares: Sequence[float]) -> list[Point]:
         """The setting at shares of the largest dose that the budget allows."""
@@ -293,22 +295,23 @@ class Search:
         return scoring.refer(self.model, texts, c.eval.batch)
 
     def _behavior(self, c: ConfigDict, cond: Condition) -> list[float]:
-        bench = Bench(c, self.model, self.vector(*self.source))  # which is not looked at
+        vector = self.vector(*self.source)  # which is not looked at
+        bench = Bench(c, self.model, vector, self.named)
         rows = bench.primary_rows(cond, "val")
         answers = rows
         if not bench.primary.judged:
             answers = bench.free_rows(cond, bench.prompts("val"))
-        return [bench.effect(rows), broken(answers, bench.judged or "rep4")]
+        return [bench.effect(rows), broken(answers)]
 
     def _labels(self, cond: Condition) -> dict[str, Any]:
         return {"behavior": self.behavior.name, "config_sha": ""} | cond.labels
 
 
-def broken(rows: Sequence[Row], told_by: str) -> float:
+def broken(rows: Sequence[Row]) -> float:
     """The share of answers without a word, or whose 4-word runs repeat; 0 without answers."""
-    texts = {row.item_id: row.text for row in rows if row.metric == told_by}
+    said = {row.item_id for row in rows if row.text.strip()}
     repeats = {row.item_id: row.value for row in rows if row.metric == "rep4"}
-    bad = [not texts[i].strip() or repeats[i] > _REPEATS for i in repeats]
+    bad = [i not in said or repeats[i] > _REPEATS for i in repeats]
     return float(np.mean(bad)) if bad else 0.0
 
 

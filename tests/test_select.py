@@ -110,8 +110,8 @@ def test_an_answer_is_broken_where_it_says_nothing_or_repeats_itself():
         ]
 
     found = [*rows("a", "Fine.", 0.0), *rows("b", "  ", 0.0), *rows("c", "no " * 9, 0.9)]
-    assert select.broken(found, "vader") == pytest.approx(2 / 3)
-    assert select.broken([], "vader") == 0.0
+    assert select.broken(found) == pytest.approx(2 / 3)
+    assert select.broken([]) == 0.0
 
 
 def test_depths_are_of_the_model_and_layers_are_in_it(settings):
