@@ -10,13 +10,16 @@ from reptune_jax.folder import version
 from reptune_jax.hub.export import save_hf
 from reptune_jax.lm import Model, load, load_adapter
 from reptune_jax.vectors.bake import bake
+from reptune_jax.vectors.intervention import Intervention, When
 from reptune_jax.vectors.pairs import extract, load_pairs
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 __version__ = version()
 __all__ = [
+    "Intervention",
     "Model",
     "SteeringVector",
+    "When",
     "__version__",
     "bake",
     "extract",

@@ -64,7 +64,7 @@ def conditions(c: ConfigDict, workdir: Path) -> dict[str, Condition]:
     tuned = arms.tuned(base, run_folder, c.chat.scale)
     scale = f" × {c.chat.scale:g}" if c.chat.scale != 1 else ""
     layer = c.chat.layer if c.chat.layer >= 0 else c.steer.layers[0]
-    steered = arms.steered(base, vector, layer, c.chat.dose, tuned.sign)
+    steered = arms.steered(base, vector, layer, c.chat.dose, tuned.sign, c.steer)
     return {
         "base": Condition(base, "base"),
         f"steered {tuned.sign * c.chat.dose:+g} at layer {layer}": steered,

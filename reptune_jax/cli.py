@@ -24,6 +24,7 @@ PROGRAMS = {
     "capability": "reptune_jax.evals.capability",
     "lmeval": "reptune_jax.evals.lmeval",
     "recipe": "reptune_jax.recipe",
+    "select": "reptune_jax.select",
     "convert": "reptune_jax.convert",
     "vector": "reptune_jax.vector",
     "report": "reptune_jax.report",

@@ -108,13 +108,16 @@ def as_tuple(key: str, text: str, like: tuple[Any, ...]) -> str:
     Raises:
       ValueError: something else than such a list.
     """
+    kind = type(like[0]) if like else str  # where nothing is the default, it is of names
+    parts = (part.strip("'\" ") for part in text.strip("()[] ").split(","))
+    words = tuple(part for part in parts if part)
     try:
         found = ast.literal_eval(text)
         found = tuple(found) if isinstance(found, tuple | list) else (found,)
     except (ValueError, SyntaxError):
-        parts = (part.strip("'\" ") for part in text.strip("()[] ").split(","))
-        found = tuple(part for part in parts if part)
-    kind = type(like[0]) if like else str  # where nothing is the default, it is of names
+        found = words
+    if kind is str and all(type(value) in (int, float) for value in found):
+        found = words  # which are meant to be names
     if kind is float:
         found = tuple(float(v) if type(v) is int else v for v in found)
     if not all(type(value) is kind for value in found):

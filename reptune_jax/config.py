@@ -78,6 +78,7 @@ ROLES: dict[str, str] = {
     "train.peak_tflops": "passing",
     "chat": "shown",  # is only looked at, and is not stored either
     "search": "shown",
+    "select": "shown",
 }
 # What a vector and the targets depend on.
 OF_VECTOR: tuple[str, ...] = ("model", "dtype", "tf32", "template_arguments", "behavior", "vector")
@@ -119,6 +120,7 @@ def default() -> ConfigDict:
     c.suites = _suites()
     c.study = _study()
     c.search = _search()
+    c.select = _select()
     c.chat = _chat()
     return c
 
@@ -228,6 +230,9 @@ def _steer() -> ConfigDict:
     c = ConfigDict()
     c.layers = (10, 15, 20)
     c.doses = (0.5, 1.0, 2.0)
+    c.width = 1  # layers from each of these on that are steered together
+    c.operation = "add"  # add | ablate | clamp | rescale | rotate, whose dose is in degrees
+    c.tokens = "all"  # all | prompt | generated | answer | last:N | generated:FIRST-STOP
     c.documents = 8  # neutral documents on which the sweep's KL is measured
     c.max_kl = 0.1  # KL on neutral prose that the free choice may cost; 0 = no such choice
     return c
@@ -286,6 +291,22 @@ def _search() -> ConfigDict:
     c.steps = (8, 24)  # of each round
     c.keep = 0.25  # share of a round that goes on to the next
     c.max_kl = 0.02  # nats/token on neutral prose that a recipe may cost
+    return c
+
+
+def _select() -> ConfigDict:
+    """What `python -m reptune_jax.select` tries, on the validation split."""
+    c = ConfigDict()
+    c.methods = ("mean_diff", "pca_center")  # of making the vector
+    c.positions = ()  # which tokens it is read at; () = the config's
+    c.layers = ("0.3", "0.4", "0.5", "0.6", "0.7", "0.8")  # shares of the depth, or numbers: "15"
+    c.widths = (1, 4)  # layers that are steered together
+    c.operations = ("add", "rescale", "rotate")
+    c.tokens = ("all",)  # rules for tokens
+    c.shares = (1.0, 0.6)  # of the dose that the budget allows
+    c.keep = 3  # vectors and layers, by adding, on which the rest is tried
+    c.max_kl = 0.1  # nats/token that steering may cost on neutral prose
+    c.broken = 0.1  # share of answers, beyond the untuned model's, that may be empty or repeat
     return c
 
 
@@ -356,6 +377,18 @@ def without(values: dict[str, Any], *roles: str, prefix: str = "") -> dict[str, 
 def lasting(values: dict[str, Any]) -> dict[str, Any]:
     """The values that a result may depend on: not chat's, the devices', or when to save."""
     return without(values, "passing", "shown")
+
+
+def as_file(c: ConfigDict, about: str) -> str:
+    """A config file of what differs from the defaults, but for what is searched."""
+    first, ours = (_flatten(without(x.to_dict(), "shown")) for x in (default(), c))
+    changed = {key: value for key, value in ours.items() if first.get(key) != value}
+    lines = "".join(f"    c.{key} = {value!r}\n" for key, value in changed.items())
+    return (
+        f'"""{about}"""\n\n'
+        "from ml_collections import ConfigDict\n\nfrom reptune_jax.config import default\n\n\n"
+        f"def get_config() -> ConfigDict:\n    c = default()\n{lines}    return c\n"
+    )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,8 @@
       judge.jsonl               what the endpoint of eval.judge answered
       report/index.html         and report/plots/*.png
       trials/*/                 of a search: each a study's folder, with outcome.json
-      recipe.py                 the config that the search chose
+      recipe.py  select.py      the config that a search chose
+      selection.jsonl           what `select` has measured
       .lock                     who writes there; a run and the report have one of their own
       export/dual+_s0/          a Hugging Face folder; export/dual+_s0_adapter/ for peft
 
@@ -145,6 +146,8 @@ class Study(_Folder):
     steering = _at("results/steering.parquet")
     items = _at("results/items.parquet", "all results in one, of a study that is kept")
     recipe = _at("recipe.py")
+    select = _at("select.py")
+    selection = _at("selection.jsonl", "what `select` has measured")
     outcome = _at("outcome.json", "what a trial of a search did")
     asked = _at("judge.jsonl", "what the endpoint of eval.judge answered")
     report = _at("report/index.html")

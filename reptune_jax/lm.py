@@ -23,13 +23,12 @@ from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
 from reptune_jax.hub.endings import said
 from reptune_jax.hub.source import Source
-from reptune_jax.model import attention, decode, families, finite, inputs, score
+from reptune_jax.model import attention, cache, decode, families, finite, inputs, intervene, score
 from reptune_jax.model.arch import Arch
-from reptune_jax.model.cache import init_cache
-from reptune_jax.model.intervene import Steer, Steerable, as_steer
+from reptune_jax.model.intervene import Probe, Steer, Steerable, Steers
 from reptune_jax.model.padding import BUCKET, batches_by_length, pad
 from reptune_jax.model.prefix import Prefix, shared_length
-from reptune_jax.model.read import read
+from reptune_jax.model.read import read, read_at_once
 from reptune_jax.model.sampling import Sampling, sampled
 from reptune_jax.model.transformer import Decoder, unembed, whole
 
@@ -87,15 +86,7 @@ class Model:
 
     def kernel(self, padding: str) -> attention.Kernel:
         """What computes attention best on this machine, in calls without a cache."""
-        device = jax.devices()[0]
-        return attention.choose(
-            self.arch,
-            device.platform,
-            self.dtype,
-            padding=padding,
-            hopper=float(getattr(device, "compute_capability", 0)) >= 9,
-            mesh=self.mesh,
-        )
+        return attention.here(self.arch, self.dtype, padding, self.mesh)
 
     def forward(
         self,
@@ -103,12 +94,16 @@ class Model:
         mask_BxT: Any = None,
         steer: Steerable | Steer | None = None,
         capture: bool = False,
+        start_B: Any = None,
     ) -> Output:
-        """Full forward. `mask_BxT` is 1 on real tokens, padding on either side."""
+        """Full forward. `mask_BxT` is 1 on real tokens, padding on either side.
+
+        For interventions: answers begin at a row's `start_B`-th token; None: all is prompt.
+        """
         tokens_BxT, mask_BxT = inputs.token_arrays(tokens_BxT, mask_BxT, self.arch.V)
-        steer = self.as_steer(steer, *tokens_BxT.shape)
+        steers = self.as_steer(steer, tokens_BxT, mask_BxT, start_B)
         logits, residual = _forward(
-            self.decoder, self.params, tokens_BxT, mask_BxT, steer, capture=capture
+            self.decoder, self.params, tokens_BxT, mask_BxT, steers, capture=capture
         )
         return Output(logits, residual)
 
@@ -127,7 +122,7 @@ class Model:
     ) -> list[str]:
         """Continues each prompt (text, or chat messages); greedy at temperature 0.
 
-        `chat` renders a text prompt as one user turn. Steering applies to prompt and new tokens.
+        `chat` renders a text prompt as one user turn. A vector is added at prompt and new tokens.
         Of the last three, None is as generation_config.json says above temperature 0, else none.
         """
         prompts = inputs.prompts(prompts)
@@ -188,15 +183,13 @@ class Model:
         how = sampling if isinstance(sampling, Sampling) else Sampling.of(sampling)
         B, T = tokens_BxT.shape
         decoder = decode.for_loop(self.decoder, self.params)
-        make_cache: Any = init_cache
-        if self.mesh is not None:
-            make_cache = _sharded_cache(meshes.cache_sharding(self.mesh, B, self.arch.K))
+        where = self.mesh and meshes.cache_sharding(self.mesh, B, self.arch.K)
         new_BxM, _ = decode.generate(
             decoder,
             self.params,
             *meshes.put_rows((tokens_BxT, mask_BxT), self.mesh),
-            make_cache(self.arch, decoder.segments, B, T + max_new, self.dtype),
-            self.as_steer(steer, B, T + 1),
+            cache.born(where)(self.arch, decoder.segments, B, T + max_new, self.dtype),
+            self.as_steer(steer, tokens_BxT, mask_BxT, new=max_new),
             jnp.asarray(self.stop_ids or (-1,), jnp.int32),  # -1: no token
             how,
             jax.random.key(seed),
@@ -251,7 +244,7 @@ class Model:
                 self.params,
                 prefix,
                 *meshes.put_rows((tokens, mask, np.resize(starts_B - P, len(tokens))), self.mesh),
-                self.as_steer(steer, *tokens.shape),
+                self.as_steer(steer, tokens, mask, np.resize(starts_B - P, len(tokens))),
                 L=-(-max(len(ids[r]) - starts[r] for r in rows) // BUCKET) * BUCKET,
             )
             found = zip(rows, meshes.fetch(logp_B), meshes.fetch(greedy_B), strict=False)
@@ -282,19 +275,34 @@ class Model:
             prefix, P = self.split_prefix(batch, min(map(len, batch)) - 1, steer)
             tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)
             candidates = candidates_IxC[np.resize(rows, len(tokens))]
-            steer_B = self.as_steer(steer, *tokens.shape)
+            steers = self.as_steer(steer, tokens, mask)
             placed = meshes.put_rows((tokens, mask, candidates), self.mesh)
-            logp = score.candidates(self.decoder, self.params, prefix, *placed, steer_B)
+            logp = score.candidates(self.decoder, self.params, prefix, *placed, steers)
             out_IxC[rows] = meshes.fetch(logp)[: len(rows)]
         if not missing:
             self.check_finite(np.isfinite(out_IxC).all(1), "scores", steer)
         return np.where(np.isfinite(out_IxC), out_IxC, np.nan)
 
-    def as_steer(self, steer: Steerable | Steer | None, B: int, T: int) -> Steer | None:
-        """`steer` for a [B, T] batch; a vector that was read from other weights is said to be."""
+    def as_steer(
+        self,
+        steer: Steerable | Steer | None,
+        tokens_BxT: Any,
+        mask_BxT: Any,
+        start_B: Any = None,
+        new: int = 0,
+    ) -> Steers | None:
+        """`steer` for these rows, whose answers begin at `start_B` (None: behind them), and `new`
+        tokens to come; a vector that was read from other weights is said to be."""
         if note_model := getattr(steer, "note_model", None):
             note_model(self)
-        return as_steer(steer, self.arch, B, T)
+
+        def cosine(probe: Probe) -> Any:
+            rows = meshes.put_rows((tokens_BxT, mask_BxT), self.mesh)
+            found = read_at_once(self.decoder, self.params, *rows, hidden=False, probe=probe)
+            return meshes.fetch(found.cosine_NxBxT)
+
+        rows = intervene.rows(mask_BxT, cosine, start_B, new)
+        return intervene.as_steer(steer, self.arch, rows)
 
     def check_finite(self, finite_I: Any, what: str, steer: Any = None) -> None:
         """Raises ValueError, naming the model and its type, where a number of `what` is not."""
@@ -304,21 +312,18 @@ class Model:
         self, compute: Callable[..., Any], inputs: tuple[np.ndarray, ...], batch: int
     ) -> Any:
         """`compute(*inputs)` for all rows, `batch` at a time; the results on the host."""
-        found, B = [], len(inputs[0])
-        for start in range(0, B, batch):
-            rows_B = np.resize(np.arange(start, min(start + batch, B)), batch)
-            rows = meshes.put_rows(tuple(a[rows_B] for a in inputs), self.mesh)
-            found.append(meshes.fetch(compute(*rows)))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[:B], *found)
+        return meshes.in_batches(compute, inputs, batch, self.mesh)
 
     def split_prefix(
         self, rows: Sequence[list[int]], most: int, steer: Steerable | None = None
     ) -> tuple[Prefix | None, int]:
         """What the rows begin with together (at most `most` tokens), and its length."""
-        P = shared_length(rows, most)
+        P = shared_length(rows, most) if getattr(steer, "shares_prompt", True) else 0
         if P == 0:
             return None, 0
-        return Prefix(np.array([rows[0][:P]], np.int32), self.as_steer(steer, 1, P)), P
+        tokens_1xP, behind = np.array([rows[0][:P]], np.int32), [max(map(len, rows))]
+        steers = self.as_steer(steer, tokens_1xP, np.ones_like(tokens_1xP), behind)
+        return Prefix(tokens_1xP, steers), P
 
     @property
     def pad_id(self) -> int:
@@ -387,14 +392,8 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-@functools.lru_cache
-def _sharded_cache(where: jax.sharding.NamedSharding) -> Any:
-    """Born in its layout: on one device it might not fit."""
-    return jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4), out_shardings=where)
-
-
 @partial(jax.jit, static_argnames=("decoder", "capture"))
-def _forward(decoder, params, tokens_BxT, mask_BxT, steer, *, capture):
-    asked = {"steer": steer, "keep_residual": capture}
+def _forward(decoder, params, tokens_BxT, mask_BxT, steers, *, capture):
+    asked = {"steer": steers, "keep_residual": capture}
     found = read(decoder, {"params": params}, tokens_BxT, mask_BxT, **asked)
     return unembed(decoder, params, found.hidden_BxTxD), found.residual_NxBxTxD

@@ -5,7 +5,7 @@ and MLP columns; a batch is split over `data` and `fsdp`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -122,6 +122,18 @@ def put_rows(batch: Any, mesh: Mesh | None) -> Any:
     rows = {len(leaf) for leaf in jax.tree.leaves(batch)}
     even = all(n % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 for n in rows)
     return put_batch(batch, mesh) if even else replicate(batch, mesh)
+
+
+def in_batches(
+    compute: Callable[..., Any], inputs: tuple[np.ndarray, ...], batch: int, mesh: Mesh | None
+) -> Any:
+    """`compute(*inputs)` for all rows, `batch` at a time; the results on the host."""
+    found, B = [], len(inputs[0])
+    for start in range(0, B, batch):
+        rows_B = np.resize(np.arange(start, min(start + batch, B)), batch)
+        rows = put_rows(tuple(a[rows_B] for a in inputs), mesh)
+        found.append(fetch(compute(*rows)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:B], *found)
 
 
 def cache_sharding(mesh: Mesh, B: int, K: int) -> NamedSharding:

@@ -121,7 +121,8 @@ def check_depth(c: ConfigDict, N: int) -> None:
     keys = {"train.layers": c.train.layers, "loss.layers": c.loss.layers}
     keys |= {f"loss.also.{name}.layers": one.layers for name, one in c.loss.also.items()}
     layers = {key: (first, stop - 1) for key, (first, stop) in keys.items()}
-    keys["steer.layers"] = layers["steer.layers"] = c.steer.layers
+    keys["steer.layers"] = c.steer.layers
+    layers["steer.layers"] = tuple(l + i for l in c.steer.layers for i in (0, c.steer.width - 1))
     if c.targets.dose:
         keys["targets.layers"] = layers["targets.layers"] = c.targets.layers
     for key, named in layers.items():

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
 from reptune_jax.hub import templates
+from reptune_jax.model import intervene
 
 _POSITIONS = ("response", "last", "before_answer", "all")
 _SEED = 2**32 - 1
@@ -108,6 +109,8 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "train.profile": _COUNT,
     "steer.layers": _COUNT,
     "steer.doses": Range(0, 1e4, above=True),
+    "steer.width": _AT_LEAST_ONE,
+    "steer.operation": intervene.OPERATIONS,
     "steer.documents": _AT_LEAST_ONE,
     "steer.max_kl": _COUNT,
     "dial.arms": configs.TUNED_ARMS[:-1],  # `out` is the same for both signs
@@ -136,6 +139,13 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "search.steps": _AT_LEAST_ONE,
     "search.keep": _RATE,
     "search.max_kl": Range(0, above=True),
+    "select.methods": configs.METHODS,
+    "select.widths": _AT_LEAST_ONE,
+    "select.operations": intervene.OPERATIONS,
+    "select.shares": _RATE,
+    "select.keep": _AT_LEAST_ONE,
+    "select.max_kl": Range(0, above=True),
+    "select.broken": _SHARE,
     "chat.scale": _DOSE,
     "chat.layer": Range(-1),
     "chat.dose": _DOSE,
@@ -166,6 +176,13 @@ def check(config: ConfigDict) -> ConfigDict:
         raise ValueError(f"eval.scale: got {out.eval.scale}, expected low < high. Example: (1, 5).")
     _check_losses(out)
     _check_steps(out.train)
+    for rule in (out.steer.tokens, *out.select.tokens):
+        intervene.span(rule)
+    if "bake" in out.study.arms and (out.steer.operation, out.steer.tokens) != ("add", "all"):
+        raise ValueError(
+            f"study.arms: got bake with steer.operation={out.steer.operation} and steer.tokens="
+            f"{out.steer.tokens}, expected add and all: nothing else is a constant. Leave it out."
+        )
     for key in ("arms", "signs", "seeds"):
         value = out.study[key]
         if not value or len(set(value)) < len(value):
@@ -188,6 +205,7 @@ def _names(allowed: tuple[Any, ...]) -> str:
 def _check_losses(c: ConfigDict) -> None:
     spans = {"train.layers": c.train.layers, "loss.layers": c.loss.layers}
     positions = {"vector.position": c.vector.position, "loss.position": c.loss.position}
+    positions |= {f"select.positions {p!r}": p for p in c.select.positions}
     ends = {f"loss.anneal.{name}": ends for name, ends in c.loss.anneal.items()}
     for name, one in c.loss.also.items():
         spans[f"loss.also.{name}.layers"] = one.layers

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
@@ -113,7 +112,8 @@ def run(c: ConfigDict, workdir: Path) -> Path:
                 f"moves validation within {c.search.max_kl:g} nats/token. Widen search.lr or "
                 "search.cosine, add steps, or raise search.max_kl."
             )
-        chosen = written(last.of(c, c.search.steps[-1]), f"{last}: {about(found[last])}")
+        why = f"Chosen on validation by `reptune recipe`. {last}: {about(found[last])}."
+        chosen = configs.as_file(last.of(c, c.search.steps[-1]), why)
         distributed.once(lambda: write_whole(study.recipe, chosen))
     say(f"chosen: {last}. Use it with --config={study.recipe}")
     return study.recipe
@@ -196,21 +196,6 @@ def table(found: dict[Trial, Outcome], trials: Sequence[Trial], max_kl: float) -
 def about(one: Outcome) -> str:
     """In a line."""
     return f"gain {one.gain:+.3f}  KL {one.kl:.4f}  repeats {one.repeats:+.2f}"
-
-
-def written(c: ConfigDict, why: str) -> str:
-    """A config file of what differs from the defaults."""
-    first, ours = (
-        traverse_util.flatten_dict(x.to_dict(), sep=".", keep_empty_nodes=False)
-        for x in (configs.default(), c)
-    )
-    changed = {k: v for k, v in ours.items() if first.get(k) != v and not k.startswith("search.")}
-    lines = "".join(f"    c.{key} = {value!r}\n" for key, value in changed.items())
-    return (
-        f'"""Chosen on validation by `reptune recipe`. {why}."""\n\n'
-        "from ml_collections import ConfigDict\n\nfrom reptune_jax.config import default\n\n\n"
-        f"def get_config() -> ConfigDict:\n    c = default()\n{lines}    return c\n"
-    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Program: vectors between tools, and what is in them: convert, info, diff, merge, plot.
+"""Program: vectors between tools, and what they read: convert, info, diff, merge, plot, lens, read.
 
     python -m reptune_jax.vector convert IN OUT [--layers=1-] [--scale=2] [--model=NAME]
     python -m reptune_jax.vector info FILE
     python -m reptune_jax.vector diff A B
     python -m reptune_jax.vector merge A B [C …] OUT --weights=1,-0.5
     python -m reptune_jax.vector plot FILE [MORE …] OUT.png
+    python -m reptune_jax.vector lens FILE --model=NAME [--top=8] [--layers=10-20]
+    python -m reptune_jax.vector read FILE OUT.html --model=NAME --text="…" [--layers=10-20]
 
 A file's ending says its format: .safetensors (ours, all there is to know), .gguf (control vectors
 of llama.cpp and repeng), .svec, .pt (lm-eval; read also: a tensor of one layer or of all), .npz (a
@@ -23,14 +25,18 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from reptune_jax import command_line, ending, program
+from reptune_jax import command_line, ending, lm, program
 from reptune_jax.console import say
 from reptune_jax.hub import digest
 from reptune_jax.hub import source as sources
+from reptune_jax.hub import text as texts_of
 from reptune_jax.hub import weights as model_weights
 from reptune_jax.hub.side_files import public_name
+from reptune_jax.lm import Model
+from reptune_jax.model import inputs
+from reptune_jax.report import tokens as colored
 from reptune_jax.report.style import STYLE
-from reptune_jax.vectors import formats
+from reptune_jax.vectors import formats, lens
 from reptune_jax.vectors.steering_vector import MADE_OF, SteeringVector
 
 # ---------------------------------------------------------------- what the programs do
@@ -179,7 +185,60 @@ def plot(paths: Sequence[Path], to: Path) -> None:
     say(f"plot: {to}")
 
 
+def tokens(path: Path, model: str, layers: str = "", top: int = 8) -> str:
+    """The tokens that each layer's vector, and its opposite, raise most in the logit lens.
+
+    Raises:
+      ValueError: no model, one of another shape, or one without a tokenizer.
+    """
+    loaded, vector = _with_model(path, model, layers)
+    found = lens.top_tokens(loaded, vector, top)
+    about = "v and -v through the final norm and the unembedding, largest logits first"
+    lines = [f"{path} on {model}: {about}", ""]
+    for l, (toward, away) in found.items():
+        for sign, texts in (("+", toward), ("-", away)):
+            lines += [f"{l if sign == '+' else '':>5} {sign}  {' '.join(map(repr, texts))}"]
+    return "\n".join(lines)
+
+
+def read(path: Path, to: Path, model: str, text: str, layers: str = "") -> None:
+    """Draws how far along the vector each token of a text lies, layer by layer.
+
+    Raises:
+      ValueError: as `tokens`; no text, or an ending that is neither .html nor .png.
+    """
+    _check_new(to)
+    if to.suffix not in (".html", ".png"):
+        raise ValueError(f"{to}: got the ending {to.suffix!r}, expected .html or .png.")
+    if not text:
+        raise ValueError('text: got none, expected some. Example: --text="I love gardens."')
+    loaded, vector = _with_model(path, model, layers)
+    (ids,) = inputs.token_rows([loaded.encode_prompt(text, chat=False)], loaded.arch.V)
+    value_NxT = lens.project(loaded, vector, ids)
+    pieces = [loaded.tokenizer.decode([i]) for i in ids]
+    shown = pieces, value_NxT, vector.layers, f"{path.name} on {public_name(model)}"
+    with ending.whole(to) as scratch:
+        if to.suffix == ".html":
+            scratch.write_text(colored.page(*shown), encoding="utf-8")
+        else:
+            scratch.write_bytes(colored.picture(*shown))
+    say(f"read: {len(ids)} tokens at {len(vector.layers)} layers -> {to}")
+
+
 # ---------------------------------------------------------------- parts
+
+
+def _with_model(path: Path, name: str, layers: str) -> tuple[Model, SteeringVector]:
+    """A model, and a vector of its shape at some layers."""
+    if not name:
+        raise ValueError("model: got none, expected a folder, hub id or .gguf file: --model=NAME.")
+    SteeringVector.load(path)  # what is wrong with it need not wait for the model
+    model = lm.load(name)
+    texts_of.need(model.tokenizer, name)
+    vector = SteeringVector.load(path, model.arch.N)
+    vector.check_shape(model.arch.N, model.arch.D)
+    vector.note_model(model)
+    return model, vector.at(parse_layers(layers, vector.layers)) if layers else vector
 
 
 def parse_layers(text: str, there: Sequence[int]) -> list[int]:
@@ -252,7 +311,14 @@ def _check_new(to: Path) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-def run(argv: Sequence[str], weights: str = "", format: str = "", **options: Any) -> None:
+def run(
+    argv: Sequence[str],
+    weights: str = "",
+    format: str = "",
+    text: str = "",
+    top: int = 8,
+    **options: Any,
+) -> None:
     """One of the subcommands with its files; `options` are those of `convert`.
 
     Raises:
@@ -260,12 +326,15 @@ def run(argv: Sequence[str], weights: str = "", format: str = "", **options: Any
     """
     name, *rest = argv or [""]
     paths = [Path(arg).expanduser() for arg in rest]
+    model, layers = options.get("model", ""), options.get("layers", "")
     takes: dict[str, tuple[int, int, Callable[[], Any]]] = {
         "convert": (2, 2, lambda: convert(paths[0], paths[1], format=format, **options)),
         "info": (1, 1, lambda: print(info(paths[0]))),
         "diff": (2, 2, lambda: print(diff(paths[0], paths[1]))),
         "merge": (3, 99, lambda: merge(paths[:-1], paths[-1], weights, format)),
         "plot": (2, 99, lambda: plot(paths[:-1], paths[-1])),
+        "lens": (1, 1, lambda: print(tokens(paths[0], model, layers, top))),
+        "read": (2, 2, lambda: read(paths[0], paths[1], model, text, layers)),
     }
     if name not in takes:
         raise ValueError(f"vector: got {name!r}, expected one of {', '.join(takes)}. See --help.")
@@ -273,7 +342,7 @@ def run(argv: Sequence[str], weights: str = "", format: str = "", **options: Any
     if not least <= len(paths) <= most:
         number = f"{least}" if least == most else f"{least} or more"
         raise ValueError(f"{name}: got {len(paths)} files, expected {number}. See --help.")
-    for path in paths[: len(paths) - (name not in ("info", "diff"))]:
+    for path in paths[: len(paths) - (name not in ("info", "diff", "lens"))]:
         if not path.is_file():
             raise ValueError(f"{path}: no such file, expected a vector. Check the name.")
     act()
@@ -282,22 +351,25 @@ def run(argv: Sequence[str], weights: str = "", format: str = "", **options: Any
 def main() -> None:
     """Flags; what is to be done and its files are the arguments."""
     texts = {
-        "layers": "convert: keep these, such as 15 or 1- or 3,10-20",
-        "model": "convert: whose vector it is, a folder, hub id or .gguf; checked where known",
+        "layers": "convert, lens, read: these alone, such as 15 or 1- or 3,10-20",
+        "model": "a folder, hub id or .gguf. convert: whose vector it is, checked where known",
+        "text": "read: what is read, as it stands",
         "model-hint": "convert: the model's type, for a .gguf: llama, qwen2, …",
         "weights": "merge: one number a file, 1 each by default",
         "format": f"{' | '.join(formats.FORMATS)}; by default what OUT's ending stands for",
     }
     values = {name: flags.DEFINE_string(name, "", text) for name, text in texts.items()}
     scale = flags.DEFINE_float("scale", 1.0, "convert: times the directions")
+    top = flags.DEFINE_integer("top", 8, "lens: tokens of either sign", lower_bound=1)
     n_layers = flags.DEFINE_integer("n-layers", 0, "convert: of the model", lower_bound=0)
 
     def entry(argv: list[str]) -> None:
-        given = {name: str(value.value or "") for name, value in values.items()}
+        given: dict[str, Any] = {name: str(f.value or "") for name, f in values.items()}
         given["hint"] = given.pop("model-hint")
-        run(argv[1:], scale=float(scale.value or 0), n_layers=int(n_layers.value or 0), **given)
+        given |= {"scale": float(scale.value or 0), "n_layers": int(n_layers.value or 0)}
+        run(argv[1:], top=int(top.value or 8), **given)
 
-    program.call(lambda: command_line.run(entry, __doc__, (*texts, "scale", "n-layers")))
+    program.call(lambda: command_line.run(entry, __doc__, (*texts, "scale", "top", "n-layers")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """`reptune vector`: files in, files and tables out, and refusals before anything is written."""
 
 import dataclasses
+import html
+import re
 
 import numpy as np
 import pytest
@@ -161,3 +163,33 @@ def test_mistakes_are_refused_before_anything_is_written(files, name, paths, mes
     with pytest.raises(ValueError, match=message):
         run(folder, name, *paths)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_vector_is_read_with_its_model(files, capsys):
+    folder, a, _ = files
+    model = str(tiny.make_llama(folder / "llama"))
+    a.at([1, 2, 3]).save(folder / "v.gguf")  # which does not say how many layers there are
+    run(folder, "lens", "v.gguf", model=model, layers="1,3", top=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if " + " in line] == [["1", "+"], ["3", "+"]]
+    assert sum(" - " in line for line in lines) == 2
+    text = "I <love> gardens."
+    for name in ("x.html", "x.png"):
+        run(folder, "read", "v.gguf", name, model=model, text=text, layers="2-")
+    page = (folder / "x.html").read_text()
+    assert html.unescape(re.sub("<[^>]*>", "", page)).count(text) == 2  # at layers 2 and 3
+    assert image.imread(folder / "x.png").ndim == 3
+
+
+def test_what_cannot_be_read_is_refused_before_anything_is_written(files):
+    folder = files[0]
+    for paths, options, message in [
+        (("lens", "a.safetensors"), {}, "model: got none, expected a folder"),
+        (("read", "a.safetensors", "x.html"), {"text": "Hi"}, "model: got none"),
+        (("read", "a.safetensors", "x.html"), {"model": "m"}, "text: got none, expected some"),
+        (("read", "a.safetensors", "x.pdf"), {"text": "Hi"}, "'.pdf', expected .html or .png"),
+        (("read", "a.safetensors", "b.safetensors"), {"text": "Hi"}, "is there already"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(folder, *paths, **options)
+    assert not list(folder.glob("x.*"))

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from reptune_jax import tuned_run
 from reptune_jax.data.contrast import fold_system, with_system
 from reptune_jax.data.schema import Item
 from reptune_jax.lm import Model
+from reptune_jax.model.intervene import Steerable
 from reptune_jax.vectors.bake import bake
+from reptune_jax.vectors.intervention import Intervention
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 
@@ -22,7 +26,7 @@ class Condition:
     sign: int = 0
     seed: int = 0
     persona: Item | None = None  # put in front as a system turn
-    steer: SteeringVector | None = None  # added at every token
+    steer: Steerable | None = None  # a vector is added at every token
     k: float = 0.0  # dose it was scaled by; of tuned weights, times their change (0: as trained)
     layer: int = -1  # first layer it is added at
 
@@ -63,16 +67,31 @@ def prompted(model: Model, persona: Item, sign: int) -> Condition:
     return Condition(model, "prompt", sign, persona=persona)
 
 
-def steered(model: Model, vector: SteeringVector, layer: int, dose: float, sign: int) -> Condition:
-    """The untuned model with `dose` times one layer's vector added online."""
-    return Condition(
-        model, "steer", sign, steer=vector.at([layer]) * (sign * dose), k=dose, layer=layer
-    )
+def steered(
+    model: Model,
+    vector: SteeringVector,
+    layer: int,
+    dose: float,
+    sign: int,
+    how: ConfigDict | None = None,
+) -> Condition:
+    """The untuned model, steered online from `layer` on, as the config's `how` = `steer` says.
+
+    Without it, or by default, `dose` times that layer's vector is added at every token. Ablation
+    has no sign: what it removes may point either way.
+    """
+    operation, tokens, width = (how.operation, how.tokens, how.width) if how else ("add", "all", 1)
+    at = vector.at(range(layer, layer + width))
+    signed = dose if operation == "ablate" else sign * dose
+    steer: Steerable = at * signed
+    if (operation, tokens) != ("add", "all"):
+        steer = Intervention(at, signed, operation, tokens)
+    return Condition(model, "steer", sign, steer=steer, k=dose, layer=layer)
 
 
 def baked(cond: Condition) -> Condition:
     """A steered condition with its vector written into the weights instead."""
-    assert cond.steer is not None
+    assert isinstance(cond.steer, SteeringVector)  # `ranges` refuses the arm for anything else
     return dataclasses.replace(cond, arm="bake", model=bake(cond.model, cond.steer), steer=None)
 
 

@@ -160,12 +160,12 @@ def _steered(c: ConfigDict, study: Study) -> list[Planned]:
         at = max(within, key=within.__getitem__) if within else min(costs, key=costs.__getitem__)
         where = int(at[0]), float(at[1]), int(sign)
         name = f"steer{_mark(sign)}_k{at[1]:g}_l{at[0]}"
-        found.append(Planned(name, partial(_steer_at, study, where)))
+        found.append(Planned(name, partial(_steer_at, c, study, where)))
     return found
 
 
-def _steer_at(study: Study, where: tuple[int, float, int], base: Model) -> Condition:
-    return arms.steered(base, SteeringVector.load(study.vector), *where)
+def _steer_at(c: ConfigDict, study: Study, where: tuple[int, float, int], base: Model) -> Condition:
+    return arms.steered(base, SteeringVector.load(study.vector), *where, c.steer)
 
 
 def _contrasted(arm: str, c: ConfigDict, study: Study) -> list[Planned]:

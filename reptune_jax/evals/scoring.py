@@ -16,7 +16,6 @@ from reptune_jax.data.schema import Item
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row, sha
 from reptune_jax.lm import Model
-from reptune_jax.model.intervene import as_steer
 from reptune_jax.model.padding import pad
 from reptune_jax.model.read import read_at_once
 from reptune_jax.model.transformer import Decoder, unembed
@@ -120,7 +119,7 @@ def cosine_rows(
     tokens, mask = pad(
         [p + t for p, t in zip(prompts, tails, strict=True)], cond.model.pad_id, left=False
     )
-    steer = as_steer(cond.steer, cond.model.arch, *tokens.shape)
+    steer = cond.model.as_steer(cond.steer, tokens, mask, [*map(len, prompts)])
     batch = meshes.put_rows((tokens, mask), cond.model.mesh)
     asked = {"steer": steer, "probe": vector.probe(), "hidden": False}
     found = read_at_once(cond.model.decoder, cond.model.params, *batch, **asked)
@@ -157,7 +156,8 @@ def _states(
         rows = order[first : first + size]
         ids = [pairs[r][0] + pairs[r][1] for r in rows]
         tokens, mask = pad(ids, cond.model.pad_id, left=False, rows=size, bucket=64)
-        steer = as_steer(cond.steer, cond.model.arch, *tokens.shape)
+        starts = np.resize([len(pairs[r][0]) for r in rows], size)
+        steer = cond.model.as_steer(cond.steer, tokens, mask, starts)
         batch = meshes.put_rows((tokens, mask), cond.model.mesh)
         found = read_at_once(cond.model.decoder, cond.model.params, *batch, steer=steer)
         hidden = meshes.fetch(found.hidden_BxTxD)

@@ -42,7 +42,7 @@ def measure(bench: Bench, study: Study) -> list[Row]:
     for sign in c.study.signs:
         at = itertools.product(c.steer.layers, c.steer.doses)
         cells, found = sweep(
-            bench, (arms.steered(bench.base, bench.vector, *one, sign) for one in at)
+            bench, (arms.steered(bench.base, bench.vector, *one, sign, c.steer) for one in at)
         )
         rows += found
         budgets = {"free": c.steer.max_kl or None, "equal KL": dual_kl(study, sign)}
@@ -56,7 +56,8 @@ def measure(bench: Bench, study: Study) -> list[Row]:
             if budget is not None:
                 layer, dose = choose(cells, budget)
                 say(f"steer {sign:+d} ({name} <= {budget:.3g}): layer {layer}, dose {dose:.3g}")
-                chosen[layer, dose] = arms.steered(bench.base, bench.vector, layer, dose, sign)
+                at_best = bench.base, bench.vector, layer, dose, sign
+                chosen[layer, dose] = arms.steered(*at_best, c.steer)
         for cond in chosen.values():
             rows = tested(bench, rows, cond)
             if "bake" in c.study.arms:

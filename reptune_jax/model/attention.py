@@ -128,6 +128,13 @@ def choose(
     return Kernel("cudnn", "flash attention on NVIDIA")
 
 
+def here(arch: Arch, dtype: Any, padding: str, mesh: Mesh | None) -> Kernel:
+    """`choose`, for this machine and calls without a cache."""
+    device = jax.devices()[0]
+    hopper = float(getattr(device, "compute_capability", 0)) >= 9
+    return choose(arch, device.platform, dtype, padding=padding, hopper=hopper, mesh=mesh)
+
+
 def flash(
     q_BxTxHxDh: jax.Array,
     k_BxKxTxDh: jax.Array,

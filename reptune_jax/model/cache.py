@@ -1,5 +1,6 @@
 """The key/value cache: for each segment of a decoder the arrays that its scan carries."""
 
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,14 @@ def init_cache(
         name: {kind: jnp.zeros((layers, *shape), dtype) for kind in "kv"}
         for name, layers in segments
     }
+
+
+@functools.lru_cache
+def born(where: jax.sharding.NamedSharding | None) -> Any:
+    """`init_cache`, in its layout from the start: on one device it might not fit."""
+    if where is None:
+        return init_cache
+    return jax.jit(init_cache, static_argnums=(0, 1, 2, 3, 4), out_shardings=where)
 
 
 def write(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from reptune_jax.model.cache import Cache
-from reptune_jax.model.intervene import Steer
+from reptune_jax.model.intervene import Steers
 from reptune_jax.model.sampling import Sampling, draw, seen
 from reptune_jax.model.transformer import Decoder, Segments, unembed
 
@@ -31,7 +31,7 @@ def generate(
     tokens_BxT: jax.Array,
     mask_BxT: jax.Array,
     cache: Cache,
-    steer: Steer | None,
+    steer: Steers | None,
     stop_ids: jax.Array,
     sampling: Sampling,
     key: jax.Array,
@@ -41,9 +41,9 @@ def generate(
     """Left-padded prompts to `max_new` tokens each, [B, max_new]; after a stop token, that token.
 
     `decoder` is the loop's: it scans, or has its layers `apart`; `params` have them stacked.
-    Logits that are not finite give MISSING, which ends the row. A `steer`
-    whose token mask is [B, T+1] applies its first T columns to the prompt and the last one to every
-    generated token. The cache (T + max_new slots) is returned only so that its buffer can be
+    Logits that are not finite give MISSING, which ends the row. Of a `steer`'s token mask the first
+    T columns are the prompt's; those behind are the generated tokens', the last for all that have
+    none of their own. The cache (T + max_new slots) is returned only so that its buffer can be
     reused.
     """
     B, T = tokens_BxT.shape
@@ -51,7 +51,6 @@ def generate(
     own = _cut(params, decoder.segments)
     # Generated tokens are real from the start: causality hides the slots not yet written.
     mask_BxS = jnp.concatenate([mask_BxT, jnp.ones((B, max_new), mask_BxT.dtype)], axis=1)
-    at_prompt, at_new = _split_steer(steer, T)
 
     def pick(logits_BxV, i, seen_BxV):
         token_B, seen_BxV = draw(sampling, logits_BxV, seen_BxV, jax.random.fold_in(key, i))
@@ -68,7 +67,7 @@ def generate(
         i, last_B, done_B, out_BxM, seen_BxV, cache = state
         last = jnp.maximum(last_B, 0)[:, None], mask_BxS
         hidden, cache = decoder.apply(
-            {"params": own}, *last, steer=at_new, cache=cache, slot=T + i - 1
+            {"params": own}, *last, steer=_at(steer, T + i - 1), cache=cache, slot=T + i - 1
         )
         logits_BxV = unembed(decoder, own, hidden[:, -1])
         next_B, seen_BxV = pick(logits_BxV, i, seen_BxV)
@@ -80,7 +79,7 @@ def generate(
         {"params": params},
         tokens_BxT,
         mask_BxT,
-        steer=at_prompt,
+        steer=_at(steer, 0, T),
         cache=_short(cache, decoder.segments, T),
     )
     cache = _begin(cache, decoder.segments, begun)
@@ -94,13 +93,14 @@ def generate(
     return out_BxM, cache
 
 
-def _split_steer(steer: Steer | None, T: int) -> tuple[Steer | None, Steer | None]:
-    if steer is None:
-        return None, None
-    token_BxT1 = steer.token_BxT
-    return (
-        dataclasses.replace(steer, token_BxT=token_BxT1[:, :T]),
-        dataclasses.replace(steer, token_BxT=token_BxT1[:, T : T + 1]),
+def _at(steer: Steers | None, start: Any, length: int = 1) -> Steers | None:
+    """For `length` tokens from `start` on; behind the end a slice is the last column again."""
+
+    def cut(token_BxT: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(token_BxT, start, length, axis=1)
+
+    return steer and tuple(
+        dataclasses.replace(each, token_BxT=cut(each.token_BxT)) for each in steer
     )
 
 

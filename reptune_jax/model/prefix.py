@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from reptune_jax.model.cache import Cache, init_cache
-from reptune_jax.model.intervene import Steer
+from reptune_jax.model.intervene import Steers
 from reptune_jax.model.transformer import Decoder
 
 _MULTIPLE = 8  # shared lengths are rounded down to this, so that few shapes are compiled
@@ -24,7 +24,7 @@ class Prefix:
     """The tokens that all rows of a batch begin with, and how they are steered."""
 
     tokens_1xP: Any
-    steer: Steer | None
+    steer: Steers | None
 
 
 def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:

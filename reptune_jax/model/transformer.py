@@ -59,7 +59,7 @@ class Shared:
 
     seen: Seen
     slot: jax.Array | int  # where in the cache these tokens go
-    steer_token_BxT: jax.Array | None
+    steer_tokens: tuple[jax.Array, ...]  # of each `Steer`, [B, T]
     read_BxPxT: jax.Array | None
     keep_residual: bool = flax.struct.field(pytree_node=False, default=False)
     kernel: attention.Kernel = flax.struct.field(pytree_node=False, default=attention.XLA)
@@ -79,7 +79,7 @@ class PerLayer:
 
     index_N: jax.Array
     kind_N: jax.Array | None  # which of `Arch.kinds`; None where there is one
-    steer: tuple[jax.Array, jax.Array, jax.Array] | None  # direction_NxD, add_NxB, ablate_NxB
+    steers: tuple[tuple[Any, ...], ...]  # each `Steer.by_layer`
     probe: intervene.Probe | None
 
     def slice(self, start: int, stop: int) -> "PerLayer":
@@ -188,8 +188,8 @@ class Block(nn.Module):
         else:
             x_BxTxD = x_BxTxD + mixed
             x_BxTxD = x_BxTxD + self._after("mlp_post_norm", mlp(self._before("mlp_norm", x_BxTxD)))
-        if layer.steer is not None and shared.steer_token_BxT is not None:
-            x_BxTxD = intervene.apply_steer(x_BxTxD, *layer.steer, shared.steer_token_BxT)
+        for edit, token_BxT in zip(layer.steers, shared.steer_tokens, strict=True):
+            x_BxTxD = intervene.apply_steer(x_BxTxD, token_BxT, *edit)
         self._sow(x_BxTxD, layer, shared)
         return (x_BxTxD, cache), None
 
@@ -260,7 +260,7 @@ class Decoder(nn.Module):
         tokens_BxT: jax.Array,
         mask_BxT: jax.Array,
         *,
-        steer: intervene.Steer | None = None,
+        steer: intervene.Steer | intervene.Steers | None = None,
         probe: intervene.Probe | None = None,
         read_BxPxT: jax.Array | None = None,
         keep_residual: bool = False,
@@ -286,7 +286,7 @@ class Decoder(nn.Module):
         shared = Shared(
             seen=self._seen(positions_BxT, mask_BxT, slot, kernel),
             slot=slot,
-            steer_token_BxT=steer.token_BxT if steer else None,
+            steer_tokens=tuple(each.token_BxT for each in intervene.listed(steer)),
             read_BxPxT=read_BxPxT,
             keep_residual=keep_residual,
             kernel=kernel,
@@ -295,7 +295,7 @@ class Decoder(nn.Module):
         layers = PerLayer(
             jnp.concatenate([jnp.arange(length) for _, length in self.segments]),
             jnp.array([kinds.index(l) for l in self.arch.layers]) if len(kinds) > 1 else None,
-            (steer.direction_NxD, steer.add_NxB, steer.ablate_NxB) if steer else None,
+            tuple(each.by_layer for each in intervene.listed(steer)),
             probe,
         )
         names = [name for name, _ in self.segments]

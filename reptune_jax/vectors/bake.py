@@ -37,6 +37,11 @@ def bake(model: Model, vector: SteeringVector, mode: str = "add") -> Model:
       ValueError: the family has no bias to bake into, or a norm after what would be orthogonalized;
         more than one direction to ablate; or the vector does not fit.
     """
+    if not isinstance(vector, SteeringVector):
+        raise ValueError(
+            f"bake: got {type(vector).__name__}, expected a SteeringVector: only what is done at "
+            "every token, adding it or ablating, can be written into weights. Steer online."
+        )
     vector.check_shape(model.arch.N, model.arch.D)
     vector.note_model(model)
     if mode == "add":

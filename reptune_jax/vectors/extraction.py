@@ -25,6 +25,8 @@ from reptune_jax.vectors.capture import Span, make_vector
 from reptune_jax.vectors.pairs import load_pairs, span
 from reptune_jax.vectors.steering_vector import SteeringVector
 
+Sides = list[list[Answer]]  # of the persona and of its opposite
+
 
 def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVector:
     """Makes, or reads, the study's vector and targets; `load` is called if a model is needed."""
@@ -73,8 +75,14 @@ def fit(vector: SteeringVector, model: Model) -> None:
     templates.use(model.tokenizer, vector.meta.get("template_arguments", {}))
 
 
-def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVector:
-    """Captures both classes and makes a vector; unit length if the config says so."""
+def read_vector(
+    c: ConfigDict, model: Model, behavior: Behavior, written: Sides | None = None
+) -> SteeringVector:
+    """Captures both classes and makes a vector; unit length if the config says so.
+
+    `written` holds what the personas answered: filled where it is empty, read where it is not, so
+    that vectors of other methods and positions need not have it written again.
+    """
     meta = {
         "behavior": behavior.name,  # no path: the file may be given away
         "behavior_sha": behavior.digest,
@@ -91,10 +99,11 @@ def read_vector(c: ConfigDict, model: Model, behavior: Behavior) -> SteeringVect
     if c.vector.data:
         found = foreign.read(c.vector.data)
         meta["data"] = f"{found.name}: {found.format}"
-        positives, negatives = _given_spans(c, model, found)
+        positives, negatives = _given_spans(c, model, found, written)
     elif behavior.kind == "free":
         prompts = behavior.select("train", "free")[: c.vector.pairs]
-        positives, negatives = _free_spans(c, model, behavior.asked(c.vector.answers), prompts)
+        items = behavior.asked(c.vector.answers)
+        positives, negatives = _free_spans(c, model, items, prompts, written)
     else:
         asked = claims.read_pairs(c.vector, model, behavior)
         positives, negatives = claims.spans(model, asked, c.vector.position)
@@ -190,11 +199,14 @@ def write_targets(path: Path, targets: list[Answer]) -> None:
     write_whole(path, "".join(json.dumps(answer_row(row)) + "\n" for row in targets))
 
 
-def _given_spans(c: ConfigDict, model: Model, found: Foreign) -> tuple[list[Span], list[Span]]:
+def _given_spans(
+    c: ConfigDict, model: Model, found: Foreign, written: Sides | None
+) -> tuple[list[Span], list[Span]]:
     """Pairs of another file; questions that come with personas are answered under them."""
     if found.personas:
         items = adopt.asked(found)
-        return _free_spans(c, model, items, schema.select(items, format="free")[: c.vector.pairs])
+        prompts = schema.select(items, format="free")[: c.vector.pairs]
+        return _free_spans(c, model, items, prompts, written)
     pairs = load_pairs(found, model)[: c.vector.pairs]
     if not pairs:
         raise ValueError(
@@ -207,10 +219,14 @@ def _given_spans(c: ConfigDict, model: Model, found: Foreign) -> tuple[list[Span
 
 
 def _free_spans(
-    c: ConfigDict, model: Model, items: Sequence[Item], prompts: Sequence[Item]
+    c: ConfigDict,
+    model: Model,
+    items: Sequence[Item],
+    prompts: Sequence[Item],
+    sides: Sides | None,
 ) -> tuple[list[Span], list[Span]]:
-    sides = []
-    for sign in answers.SIGNS:
+    sides = [] if sides is None else sides
+    for sign in answers.SIGNS if not sides else ():
         written = answers.write_answers(
             model,
             items,

@@ -6,7 +6,7 @@ separation along the vector (arXiv 2505.22637), and what the logit lens reads in
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ import numpy as np
 
 from reptune_jax import mesh as meshes
 from reptune_jax.lm import Model
-from reptune_jax.model.transformer import Decoder, unembed
+from reptune_jax.model.transformer import Decoder
 from reptune_jax.vectors.directions import Array
+from reptune_jax.vectors.lens import as_residuals, lens_logits
 from reptune_jax.vectors.methods import METHODS, Method, Rows, directed
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -96,7 +97,7 @@ def _lens_scores(
     if not len(tokens):
         return np.empty(0)
     at = list(vector.layers)
-    hidden_LxD = vector.unit().dose_NxD[at]  # as long as residuals are: the norm has an epsilon
+    hidden_LxD = as_residuals(vector)[at]
     weights = weight_V[tokens].astype(np.float32)
     return meshes.fetch(_lens(model.decoder, model.params, hidden_LxD, tokens, weights))
 
@@ -105,9 +106,7 @@ def _lens_scores(
 def _lens(
     decoder: Decoder, params: Any, hidden_LxD: jax.Array, tokens: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    variables = {"params": params}
-    normed_LxD = decoder.apply(variables, hidden_LxD, method=lambda m, h_LxD: m.final_norm(h_LxD))
-    logits_LxV = unembed(decoder, params, cast(jax.Array, normed_LxD))
+    logits_LxV = lens_logits(decoder, params, hidden_LxD)
     deviation_L = jnp.maximum(logits_LxV.std(-1), 1e-30)
     return (logits_LxV[:, tokens] * weights).sum(-1) / deviation_L
 

@@ -16,7 +16,7 @@ import numpy as np
 from reptune_jax import ending
 from reptune_jax.console import note
 from reptune_jax.model.arch import Arch
-from reptune_jax.model.intervene import Probe, Steer, steer_all
+from reptune_jax.model.intervene import Probe, Rows, Steers, steer_all
 from reptune_jax.reading import reading
 from reptune_jax.vectors import formats, own_file
 
@@ -84,6 +84,8 @@ class SteeringVector:
         return self * -1.0
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
         self.check_shape(*other.directions_NxD.shape)
         units = [v.meta.get("norm", "raw") for v in (self, other)]
         if units[0] != units[1]:
@@ -141,10 +143,19 @@ class SteeringVector:
         """Identifies the numbers, whatever the file is called."""
         return hashlib.sha256(np.ascontiguousarray(self.directions_NxD).tobytes()).hexdigest()[:16]
 
-    def steer(self, arch: Arch, B: int, T: int) -> Steer:
-        """Adds this vector once, at its layers, at every token of a [B, T] batch."""
+    def steer(self, arch: Arch, rows: Rows) -> Steers:
+        """Adds this vector once, at its layers, at every token of the batch."""
         self.check_shape(arch.N, arch.D)
-        return steer_all(jnp.asarray(self.dose_NxD), jnp.ones(arch.N), B, T)
+        self.note_everywhere()
+        return (steer_all(jnp.asarray(self.dose_NxD), jnp.ones(arch.N), *rows.shape),)
+
+    def note_everywhere(self) -> None:
+        """Says so where it is added at all of several layers, as it is when just extracted."""
+        if 1 < len(self.layers) == len(self.directions_NxD):
+            note(
+                f"steer: the vector has all {len(self.layers)} layers, and its full dose is added "
+                f"at each of them. One is usual: vec.at(layers=[{len(self.layers) // 2}])."
+            )
 
     def probe(self, center: bool = False) -> Probe:
         """For cosines with this vector: of the raw residual (the paper), or from the class mean."""

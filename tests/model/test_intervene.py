@@ -29,7 +29,8 @@ def edited(x, v, add_B, ablate_B, token_BxT):
 def test_an_edit_is_ablation_then_addition_where_it_is_asked_for(scale):
     x, v, _, add_B, ablate_B, token_BxT = draw(scale)
     arrays = (jnp.asarray(a, jnp.float32) for a in (x, v, add_B, ablate_B, token_BxT))
-    got = intervene.apply_steer(*arrays)
+    h, direction, add, ablate, token = arrays
+    got = intervene.apply_steer(h, token, direction, add, ablate)
     np.testing.assert_allclose(got, edited(x, v, add_B, ablate_B, token_BxT), atol=1e-4)
 
 
@@ -37,7 +38,7 @@ def test_an_edit_of_bfloat16_is_computed_in_float32_and_rounded_once():
     x, v, _, _, ablate_B, token_BxT = draw()
     x = jnp.asarray(30 * x, jnp.bfloat16)
     add_B = np.array([0.01, 1.01, 0.3])
-    got = intervene.apply_steer(x, *(jnp.asarray(a) for a in (v, add_B, ablate_B, token_BxT)))
+    got = intervene.apply_steer(x, *(jnp.asarray(a) for a in (token_BxT, v, add_B, ablate_B)))
     assert got.dtype == jnp.bfloat16
     exact = edited(np.asarray(x, np.float64), v, add_B, ablate_B, token_BxT)
     want = np.asarray(jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16), np.float64)
