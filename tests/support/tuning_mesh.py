@@ -15,7 +15,6 @@ from reptune_jax import lm, mesh
 from reptune_jax.hub import digest
 from reptune_jax.tuned_run import Progress
 from reptune_jax.tuning import checkpoint, loop
-from reptune_jax.tuning import step as steps
 from tests.support import tuning_case
 
 STEPS = 20
@@ -27,11 +26,10 @@ def some_steps(model, where=None):
     batches = [tuning_case.batch(model, B=16, R=16, seed=seed) for seed in range(STEPS)]
     batches = [mesh.put_batch(batch, where) for batch in batches]
     state, seen, measure = case.state, {"before": layout(case.state)}, jnp.asarray(False)
-    step = steps.make_step(case.decoder, case.train, where)
     # Compiled ahead, as the loop does: another layout after a step would be an error.
     args = state, case.objective, batches[0], measure
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        step = loop.compiled(step, args, case.decoder.arch, case.train, where)
+        step = loop.compiled(case.decoder, args, case.train, where)
     seen["said"] = out.getvalue().splitlines()
     for batch in batches:
         state, metrics = step(state, case.objective, batch, measure)
