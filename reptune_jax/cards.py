@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from reptune_jax.hub.side_files import public_name
-from reptune_jax.report import blocks, outcomes
+from reptune_jax.report import blocks, outcomes, security
 from reptune_jax.report import study as studies
 from reptune_jax.report.study import BASE, Setting, Study
 from reptune_jax.tuned_run import TunedRun
@@ -35,7 +35,7 @@ tokenizer = AutoTokenizer.from_pretrained("this/folder")
 | effect on held-out prompts ({measure}) | {effect} against the base model |
 | outcome | {outcome} |
 | KL(base, this) on neutral prose | {kl} nats/token |
-
+{attacks}
 Intervals are 95 % bootstrap intervals over prompts. Made with reptune_jax.
 """
 
@@ -73,6 +73,11 @@ def study_card(c: ConfigDict, study: Study) -> str:
         measure=measure.label if measure else "none",
         effect=effect,
         kl=blocks.number(study.kl(setting), 4),
+        attacks="".join(
+            f"| {s.attack} | {s.verdict}{f': {s.took}' if s.took else ''} |\n"
+            for s in security.said(study)
+            if (s.arm, s.sign) == (c.arm, c.sign)
+        ),
     )
 
 

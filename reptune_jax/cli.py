@@ -23,6 +23,7 @@ PROGRAMS = {
     "dial": "reptune_jax.evals.dial",
     "capability": "reptune_jax.evals.capability",
     "lmeval": "reptune_jax.evals.lmeval",
+    "attack": "reptune_jax.evals.attack",
     "recipe": "reptune_jax.recipe",
     "select": "reptune_jax.select",
     "convert": "reptune_jax.convert",

@@ -45,6 +45,11 @@ SUITES = (
     "mmlu",
 )  # fmt: skip
 
+# Of tuned weights, that `evals.attack` knows.
+ATTACKS = (
+    "weights", "activations", "again", "removal", "scale", "counter", "rounding", "prompts",
+)  # fmt: skip
+
 CONTRASTS = {"weights": "token", "contrast": "dual"}  # and the arm whose two signs it is made of
 
 MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: hold
@@ -70,6 +75,18 @@ ROLES: dict[str, str] = {
     "suites.limit": "study",
     "suites.arms": "study",
     "suites.margin": "declared",
+    "attack.names": "study",
+    "attack.arms": "study",
+    "attack.seeds": "study",
+    "attack.prompts": "study",
+    "attack.documents": "study",
+    "attack.pairs": "study",
+    "attack.texts": "study",
+    "attack.layer": "study",
+    "attack.doses": "study",
+    "attack.scales": "study",
+    "attack.personas": "study",
+    "attack.max_kl": "declared",
     "mesh": "passing",  # may change between two starts of one run
     "train.save_every": "passing",
     "train.save_minutes": "passing",
@@ -118,6 +135,7 @@ def default() -> ConfigDict:
     c.dial.scales = (0.5, 1.0, 2.0)  # k, swept on the validation split
     c.eval = _eval()
     c.suites = _suites()
+    c.attack = _attack()
     c.study = _study()
     c.search = _search()
     c.select = _select()
@@ -267,6 +285,24 @@ def _suites() -> ConfigDict:
     c.limit = 0  # items of each suite at most, drawn with a fixed seed; 0 = all
     c.arms = ("base", "prompt", "steer", "weights", "token", "dual", "random")
     c.margin = 0.03  # loss of accuracy that still counts as none
+    return c
+
+
+def _attack() -> ConfigDict:
+    """What `python -m reptune_jax.evals.attack` tries, on which arms, within which budget."""
+    c = ConfigDict()
+    c.names = ATTACKS
+    c.arms = ("base", "steer", "token", "dual", "random")
+    c.seeds = 0  # training seeds of each arm at most, 0 = all
+    c.prompts = 32  # test items of the primary measure, 0 = all
+    c.documents = 4  # neutral documents on which an attack's KL is measured, 0 = all
+    c.pairs = 32  # contrastive pairs that the vector is read from again, at most vector.pairs
+    c.texts = (1, 4, 16, 64)  # unrelated texts whose activations are compared with the base's
+    c.layer = -1  # where a model is steered back; -1 = amid loss.layers
+    c.doses = (0.25, 0.5, 1.0, 2.0, 4.0)  # … and how far
+    c.scales = (-1.0, 0.5, 2.0)  # k in base + k (tuned - base)
+    c.personas = 2  # opposing personas that prompts are put under
+    c.max_kl = 0.1  # nats/token on neutral prose: an attack that costs more destroys the model
     return c
 
 

@@ -5,7 +5,7 @@
       vector.safetensors        the behavior vector
       targets.jsonl             what the token loss learns from, where the model writes it
       results/*.parquet         per-item results: baseline, steering, dial_<arm>,
-                                capability_<condition>
+                                capability_<condition>, attack_<attack>_<condition>
       dual+_s0/                 Run: arm, sign and seed
         config.json  vector*.safetensors  checkpoints/N/  metrics.jsonl  events.*  done.json
         results/tuned.parquet
@@ -164,6 +164,10 @@ class Study(_Folder):
     def capability(self, condition: str) -> Path:
         """What the suites say of a condition."""
         return self.path / "results" / f"capability_{condition}.parquet"
+
+    def attack(self, name: str, condition: str) -> Path:
+        """What an attack did to a condition."""
+        return self.path / "results" / f"attack_{name}_{condition}.parquet"
 
     def trial(self, name: str) -> "Study":
         """One combination of a search."""

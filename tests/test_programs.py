@@ -1,6 +1,7 @@
 """The whole chain on a tiny model: extract, train, evaluate, report, export; then once more."""
 
 import collections
+import itertools
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reptune_jax import lm, study
-from reptune_jax.evals import arms, capability, results
+from reptune_jax.evals import arms, attack, capability, results
 from reptune_jax.report import markdown
 from reptune_jax.report.study import read
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -194,3 +195,48 @@ def test_the_suites_are_asked_of_every_condition_that_the_folder_has(
     finally:
         for path in paths:
             path.unlink()
+
+
+def test_attacks_are_tried_on_every_run_and_not_again(done, monkeypatch, capsys):
+    tiny_behavior.patch_neutral(monkeypatch)
+    c, folder = done
+    c, model = c.copy_and_resolve_references(), lm.load(c.model, "float32")
+    c.attack.names, c.attack.arms, c.attack.prompts = ("weights", "scale"), ("dual", "random"), 2
+    c.attack.scales = (0.0, 1.0)
+    paths = attack.run(c, folder, model)
+    try:
+        rows = pd.concat([results.read(path) for path in paths])
+        kl = rows[rows.metric == "kl"].set_index(["arm", "sign", "position", "k", "item_id"]).value
+        for run in itertools.product(("dual", "random"), (1, -1)):
+            own = {at: kl[(*run, *at)].to_numpy() for at in (("intact", 0.0), ("scale", 1.0))}
+            np.testing.assert_allclose(*own.values(), rtol=1e-3)
+            assert min(own["intact", 0.0]) > 1e-5
+            assert max(kl[(*run, "scale", 0.0)]) == pytest.approx(0, abs=1e-5)  # the base again
+        judged = rows[rows.metric == "vader"].groupby(["arm", "sign", "seed", "position", "k"])
+        assert len(judged) == 1 + 4 * 3 and set(judged.item_id.nunique()) == {2}
+        found = set(rows[rows.metric == "aligned"].groupby("arm").position.unique().explode())
+        assert {"weights:blind", "weights:blind:own", "weights:layer"} <= found
+        assert not (rows[rows.arm == "dual"].position == "weights:blind:own").any()
+        assert "finding the vector with the base's weights" in capsys.readouterr().out
+        before = files(folder)
+        attack.run(c, folder, model)
+        assert files(folder) == before
+        c.attack.scales = (1.0,)  # only what depends on it is done again
+        attack.run(c, folder, model)
+        changed = {path.name for path, at in files(folder).items() if before.get(path) != at}
+        runs = [f"{arm}{sign}_s0" for arm in ("dual", "random") for sign in "+-"]
+        assert changed == {f"attack_scale_{run}.parquet" for run in runs}
+        assert "What broke" in markdown.render(read(folder))
+    finally:
+        for path in paths:
+            path.unlink()
+
+
+def test_nothing_to_attack_is_said_before_a_model_is_loaded(done, tmp_path):
+    c = done[0].copy_and_resolve_references()
+    with pytest.raises(ValueError, match="expected something to attack"):
+        attack.run(c, tmp_path)
+    c.attack.names = ()
+    with pytest.raises(ValueError, match=r"attack\.names: got none"):
+        attack.run(c, tmp_path)
+    assert not list(tmp_path.iterdir())

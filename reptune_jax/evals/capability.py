@@ -7,7 +7,7 @@ has: base, the persona that was chosen, steering at the chosen dose, every finis
 `results/capability_<condition>.parquet`; what is there of the same items is not measured again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +57,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
     say(f"capability: {len({q.id for q in asked})} items of {', '.join(names)}")
     base = cache(lambda: base_of(c, study, model))
     paths = []
-    for planned in conditions(c, study):
+    for planned in conditions(c, study, c.suites.arms):
         path = study.capability(planned.name)
         with study.writing():
             measure(c, study, planned, path, asked, base)
@@ -103,15 +103,15 @@ def measure(
     say(f"capability: {len(rows)} rows -> {path}")
 
 
-def conditions(c: ConfigDict, study: Study) -> Iterator[Planned]:
-    """Those of `suites.arms` that the folder has; what is not there is said, and left out."""
+def conditions(c: ConfigDict, study: Study, asked: Iterable[str]) -> Iterator[Planned]:
+    """Those of the arms that the folder has; what is not there is said, and left out."""
     of: dict[str, Callable[[ConfigDict, Study], list[Planned]]] = {
         "base": lambda c, study: [Planned("base", lambda base: Condition(base, "base"))],
         "prompt": _prompted,
         "steer": _steered,
         **{arm: partial(_contrasted, arm) for arm in CONTRASTS},
     }
-    for arm in dict.fromkeys(c.suites.arms):
+    for arm in dict.fromkeys(asked):
         found = of[arm](c, study) if arm in of else _tuned(study, arm)
         if not found:
             say(f"{arm}: not measured, {study.path} has none that is finished")

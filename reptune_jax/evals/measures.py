@@ -53,6 +53,11 @@ METRICS = {
     "acc_norm": Metric(
         "acc by log-probability per character of the choice", "Accuracy, normalized"
     ),
+    "aligned": Metric("|cos| of what an attack found with the vector, at a layer", "Alignment"),
+    "null": Metric("|cos| that random directions stay under, 999 times in 1,000", "By chance"),
+    "energy": Metric("share of a change's squared norm, of one direction or layer", "Share"),
+    "crossed": Metric("share of changed weights that moved by over half a step", "Crossed"),
+    "shift": Metric("the residual's distance from the base's along the vector", "Shift", "doses"),
     "chance": Metric("acc of who draws lots", "Chance"),
     "assent": Metric(
         "phrases of agreement and flattery against those of dissent, each counted once",

@@ -18,7 +18,7 @@ from reptune_jax.folder import Study
 from reptune_jax.reading import reading
 
 ARMS = tuple(config.ARMS)
-SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats", "suites")
+SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats", "suites", "attacks")
 
 
 @dataclasses.dataclass(frozen=True)

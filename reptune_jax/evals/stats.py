@@ -9,6 +9,7 @@ variance by the number of seeds.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,45 @@ def bootstrap_mean(
         return _ratio(num_R, ((w_RxC @ den_SxC.T) * u_RxS).sum(1))
 
     return cells.interval(statistic, draws, level, rng_seed)
+
+
+def bootstrap_of_means(
+    values_IxK: ArrayLike,
+    statistic: Callable[[Array], Array],
+    clusters: ArrayLike,
+    seeds: ArrayLike | None = None,
+    *,
+    draws: int = DRAWS,
+    level: float = 0.95,
+    rng_seed: int = 0,
+) -> Interval:
+    """statistic(means [R, K]) -> [R] of K values a row, resampled as in `bootstrap_mean`.
+
+    E.g. a ratio of two means. Rows with any nan are dropped, and so are draws that give one.
+    """
+    values = np.asarray(values_IxK, float)
+    keep = np.isfinite(values).all(1)
+    cells = _Cells.of(clusters, seeds, keep)
+    if cells is None:
+        return Interval(math.nan, math.nan, math.nan)
+    sums_KxSxC = np.stack([cells.total(column) for column in values[keep].T])
+    count_SxC = cells.total(np.ones(int(keep.sum())))
+
+    def of_means(w_RxC: Array, u_RxS: Array) -> Array:
+        n_R = ((w_RxC @ count_SxC.T) * u_RxS).sum(1)
+        each = [((w_RxC @ sums_SxC.T) * u_RxS).sum(1) for sums_SxC in sums_KxSxC]
+        return statistic(np.stack([_ratio(sum_R, n_R) for sum_R in each], axis=1))
+
+    return cells.interval(of_means, draws, level, rng_seed)
+
+
+def chance_cosine(width: int, level: float = 0.999, tries: int = 1) -> float:
+    """The |cos| with a fixed direction that the best of `tries` random ones stays under.
+
+    cos^2 of a random direction is Beta(1/2, (width - 1)/2); `level` is the probability.
+    """
+    each = level ** (1 / tries)
+    return float(np.sqrt(scipy.stats.beta.ppf(each, 0.5, (width - 1) / 2)))
 
 
 def bootstrap_auroc(

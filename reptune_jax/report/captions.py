@@ -75,6 +75,54 @@ CAPABILITY = _line("""
     Uninformative: the untuned model is not shown to be above chance, so that there is nothing to
     lose. Each line is a test of its own, not adjusted for their number.
 """)
+ATTACKS = _line("""
+    Broken: a vector is found if every seed's |cos| at its best layer is above what the best of as
+    many random directions stays under 999 times in 1,000; an effect is broken if at least half of
+    it is gone by the whole 95 % interval, at KL to the untuned model on prose of at most
+    {max_kl:g} nats/token (or what the arm costs anyway), and further than along a random direction.
+    Not broken means within these attacks and this budget, and nothing beyond them. Each line is a
+    test of its own, not adjusted for their number.
+""")
+FOUND = _line("""
+    |cos| with the behavior's vector at the layer where it is best, mean over training seeds. One
+    SVD: first right singular vector of the change of all weights that write to the residual stream,
+    all layers stacked. Eight vectors: length of the unit vector's projection on the first eight.
+    Best layer: the SVD of a layer alone. Stable rank: squared norm of the change over that along
+    the first vector. Texts: the mean difference of activations to the base's over so many unrelated
+    texts, mean over sets, all tokens but the first; first tokens: the five after it, of the most
+    texts. Read again: from the same contrastive prompts on the tuned model, without the base, mean
+    over layers (in brackets on the untuned one: whoever has the prompts needs no tuned model).
+    Own vector: the random one that the control was tuned toward.
+""")
+TEXTS = _line("""
+    Level line: by chance (999 in 1,000). Solid: +, dashed: −, dotted: a control's own vector.
+""")
+EDITS = _line("""
+    Effect removed: (tuned − attacked) / (tuned − base) of the means, paired by item: 1 is all of
+    it, more is turned round. project takes what the change writes along a direction out of it,
+    which needs the base; ablate takes the direction out of all that writes to the residual stream.
+    Directions: the vector itself, the one found by one SVD, a random one. scale × k: base + k
+    (tuned − base), 0 being the base. Intervals: bootstrap over clusters and seeds.
+""")
+STEERED = _line("""
+    Doses of the vector at one layer against the arm's sign, linear between those tried: the
+    smallest that brings the mean down to the untuned model's. Its own shift: how far its residuals
+    lie from the untuned model's along the vector there, in doses. Resistance: the difference of the
+    two; 0 is what a model has that merely adds the vector. A dose at the largest that was tried is
+    a lower bound.
+""")
+ROUNDED = _line("""
+    Kernels of the blocks rounded to nearest: int8 with a step for each output, int4 for each
+    output and 32 inputs, both symmetric. Effect kept: difference of the two rounded models over
+    that of the unrounded ones. Weights: of those that tuning changed, the share whose change is
+    over half a step.
+""")
+PROMPTS = _line("""
+    What stands before the question asks for the opposite of the arm's sign: a persona as system
+    turn, a role to play, pressure to answer so, or questions answered the other way; control is a
+    plain system turn. Lead kept: difference to the base under the same prompt, over that without.
+    Flipped: share of the values on the sign's side of 0 that leave it, and of the base's.
+""")
 GUARDS = _line("""
     Generated answers on test: a behavior score bought with degenerate text shows here. Stopped:
     share that ended by themselves within eval.new_tokens.

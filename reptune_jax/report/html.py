@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 import markupsafe
 
+from reptune_jax.evals.attacks import verdicts as attacked
 from reptune_jax.evals.suites import verdicts
 from reptune_jax.folder import write_whole
 from reptune_jax.report import about, outcomes, sections, style
@@ -17,11 +18,13 @@ _KINDS = {
     "good": {"dual ahead", "non-inferior", verdicts.RETAINED, outcomes.MOVED},
     "bad": {
         "dual behind", "dual collapsed", "both collapsed", "inferior", outcomes.COLLAPSED,
-        outcomes.WRONG_WAY,
+        outcomes.WRONG_WAY, attacked.BROKEN,
     },
     "open": {
         "no difference shown", "rival collapsed", "inconclusive", outcomes.NO_EFFECT,
         outcomes.NO_BETTER, outcomes.NOT_MEASURED, verdicts.UNDECIDED, verdicts.UNINFORMATIVE,
+        attacked.HELD, attacked.UNDECIDED, attacked.NOTHING, attacked.UNSPECIFIC,
+        attacked.DESTROYED,
     },
 }  # fmt: skip
 

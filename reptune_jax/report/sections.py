@@ -17,6 +17,7 @@ from reptune_jax.report import (
     kinds,
     outcomes,
     plots,
+    security,
     tables,
     texts,
 )
@@ -98,6 +99,7 @@ SECTIONS = (
     Section("claims", "Claims", "Discrimination and bias", _claims),
     Section("retention", "Retention", "What else changed", _retention),
     Section("capability", "Capability", "Capability", capability.blocks),
+    Section("security", "Security", "Security", security.blocks),
     Section("tradeoff", "Trade-off", "Trade-off, dose and spread", _tradeoff),
     Section("training", "Training", "Training and manipulation check", _training),
     Section("texts", "Texts", "Generated texts", _texts),

@@ -1,0 +1,143 @@
+"""Program: attacks on what tuning did: is the vector found, is the behavior taken away again.
+
+    python -m reptune_jax.evals.attack --workdir=runs/sentiment
+
+Attacks (`attack.names`) on the arms of `attack.arms` that the folder has, the untuned model being
+what they are compared with. Measured by the study's primary measure on `attack.prompts` test items.
+Writes `results/attack_<attack>_<condition>.parquet`; what is there with the same settings is not
+done again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from ml_collections import ConfigDict
+
+from reptune_jax import distributed, program
+from reptune_jax.config import ATTACKS, CONTRASTS, TUNED_ARMS, digest
+from reptune_jax.console import say
+from reptune_jax.data import behavior as behaviors
+from reptune_jax.evals import capability, results
+from reptune_jax.evals.attacks import counter, edits, prompting, recovery, target, words
+from reptune_jax.evals.attacks.target import Lab, Target
+from reptune_jax.evals.attacks.verdicts import Attacks
+from reptune_jax.evals.bench import prepare
+from reptune_jax.evals.capability import Planned
+from reptune_jax.evals.results import Row, write_parquet
+from reptune_jax.folder import RunName, Study
+from reptune_jax.lm import Model
+from reptune_jax.vectors.steering_vector import SteeringVector
+
+TUNED = (*TUNED_ARMS, *CONTRASTS)  # weights that differ from the base's
+INTACT = "intact"  # what the others are compared with
+
+
+class Attack(NamedTuple):
+    """What is done, to which arms, and the keys of `attack` that its result depends on."""
+
+    rows: Callable[[Target], list[Row]]
+    arms: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+_MEASURED = ("prompts", "documents")
+KNOWN: dict[str, Attack] = {
+    INTACT: Attack(target.intact, ("base", "steer", *TUNED), _MEASURED),
+    "weights": Attack(recovery.from_weights, TUNED, ()),
+    "activations": Attack(recovery.from_activations, ("steer", *TUNED), ("texts",)),
+    "again": Attack(recovery.read_again, ("base", *TUNED), ("pairs",)),
+    "removal": Attack(edits.removal, TUNED, _MEASURED),
+    "scale": Attack(edits.scale, TUNED, (*_MEASURED, "scales")),
+    "counter": Attack(counter.counter, ("base", "steer", *TUNED), (*_MEASURED, "layer", "doses")),
+    "rounding": Attack(edits.rounding, ("base", *TUNED), _MEASURED),
+    "prompts": Attack(prompting.prompts, ("base", "steer", *TUNED), ("prompts", "personas")),
+}
+assert {INTACT, *ATTACKS} == set(KNOWN)
+
+
+def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
+    """Does what is missing and prints the verdicts; the files of the results.
+
+    Raises:
+      ValueError: no attacks are named, or the folder has nothing to attack.
+    """
+    if not c.attack.names:
+        raise ValueError(f"attack.names: got none, expected some of {', '.join(ATTACKS)}.")
+    study = Study(workdir)
+    study.check(c)
+    planned = list(_planned(c, study))
+    if len(planned) < 2 or not distributed.exists(study.vector):
+        raise ValueError(
+            f"workdir {workdir}: got no vector with a finished run of {', '.join(c.attack.arms)}, "
+            "expected something to attack. Run the study first."
+        )
+    lab = cache(lambda: Lab.of(prepare(c, study, model)))
+    paths = []
+    for one in planned:
+        made = cache(lambda one=one: _target(study, one, lab()))
+        for name in dict.fromkeys((INTACT, *c.attack.names)):
+            attack, path = KNOWN[name], study.attack(name, one.name)
+            if _arm(one) not in attack.arms:
+                continue
+            paths.append(path)
+            asked = _digest(c, study, attack)
+            if _there(path) == {asked}:
+                say(f"{path}: already there")
+                continue
+            with study.writing():
+                study.claim(c)
+                rows = attack.rows(made())
+                write_parquet(path, [dataclasses.replace(r, config_sha=asked) for r in rows])
+            say(f"{name}: {len(rows)} rows -> {path}")
+    found = pd.concat([results.read(path) for path in paths], ignore_index=True)
+    for verdict in words.said(Attacks.of(found, c.attack.max_kl)):
+        say(str(verdict))
+    return paths
+
+
+def _planned(c: ConfigDict, study: Study) -> Iterator[Planned]:
+    """The conditions of `attack.arms`, of each arm and sign the first `attack.seeds` seeds."""
+    kept: dict[tuple[str, int], int] = {}
+    arms: Iterable[str] = ("base", *(arm for arm in c.attack.arms if arm != "base"))
+    for one in capability.conditions(c, study, arms):
+        if name := RunName.parse(one.name):
+            kept[name.arm, name.sign] = kept.get((name.arm, name.sign), 0) + 1
+            if c.attack.seeds and kept[name.arm, name.sign] > c.attack.seeds:
+                continue
+        yield one
+
+
+def _arm(one: Planned) -> str:
+    name = RunName.parse(one.name)
+    return name.arm if name else one.name.partition("+")[0].partition("-")[0]
+
+
+def _target(study: Study, one: Planned, lab: Lab) -> Target:
+    cond, file = one.make(lab.bench.base), study.run(one.name).vector
+    own = SteeringVector.load(file) if distributed.exists(file) else lab.bench.vector
+    return Target(lab, cond, own)
+
+
+def _digest(c: ConfigDict, study: Study, attack: Attack) -> str:
+    """Identifies what an attack's result depends on, besides the study itself."""
+    keys = ("new_tokens", "templates")
+    about = {
+        "attack": {key: c.attack[key] for key in attack.keys},
+        "eval": {key: c.eval[key] for key in keys},
+        "primary": c.study.primary,
+        "behavior": behaviors.load(c.behavior).digest,
+        "vector": SteeringVector.load(study.vector).digest,
+    }
+    return digest(about)
+
+
+def _there(path: Path) -> set[str]:
+    return set(results.read(path).config_sha) if distributed.exists(path) else set()
+
+
+if __name__ == "__main__":
+    program.main(run, __doc__, of_study=True)

@@ -1,0 +1,111 @@
+"""What became of every attack, in a line each: for the terminal, the report, a model card."""
+
+import math
+from typing import NamedTuple
+
+from reptune_jax.evals.attacks.verdicts import (
+    BROKEN,
+    HELD,
+    NOTHING,
+    Attacks,
+    Found,
+    Removed,
+    Steered,
+    found,
+    removed,
+    steered,
+)
+from reptune_jax.evals.stats import Interval
+
+WITH_BASE = "with the base's weights"
+_FREE = ("random", "control")  # what is tried for comparison only
+
+
+class Said(NamedTuple):
+    """One attack on one arm: the word, and what it took or how far it came."""
+
+    arm: str
+    sign: int
+    attack: str
+    verdict: str
+    took: str
+
+    def __str__(self) -> str:
+        took = f", {self.took}" if self.took else ""
+        name = f"{self.arm} {'+' if self.sign > 0 else '−'}"
+        return f"{name}, {self.attack}: {self.verdict}{took}"
+
+
+def said(attacks: Attacks) -> list[Said]:
+    """Of every arm, in the order of the threats: finding the vector, then undoing it."""
+    out = []
+    edits, doses, near = removed(attacks), steered(attacks), found(attacks)
+    for one in attacks.arms:
+        own = [r for r in edits if (r.arm, r.sign) == one]
+        told = [t for f in near if (f.arm, f.sign) == one for t in _found(f)]
+        told += _taken(f"edits of its weights, {WITH_BASE}", _of(own, "project"), attacks)
+        told += _taken("edits of its weights alone", _of(own, "ablate"), attacks)
+        told += [_steered(d) for d in doses if (d.arm, d.sign) == one]
+        told += _taken("prompts", _of(own, "prompt"), attacks)
+        told += [_rounded(r) for r in _of(own, "round")]
+        out += [Said(*one, *t) for t in told]
+    return out
+
+
+def kind(r: Removed) -> tuple[str, str]:
+    """("project", "vector") of "project:vector"."""
+    before, _, after = r.how.partition(":")
+    return before, after
+
+
+def _of(tried: list[Removed], name: str) -> list[Removed]:
+    return [r for r in tried if kind(r)[0] == name and kind(r)[1] not in _FREE]
+
+
+def _found(f: Found) -> list[tuple[str, str, str]]:
+    whose = "the random vector of its own" if f.of else "the vector"
+    out = []
+    if f.in_weights:
+        took = f"one SVD: cosine {f.blind:.2f}, by chance up to {f.chance:.2f}"
+        out.append((f"finding {whose} {WITH_BASE}", f.in_weights, took))
+    if f.in_activations:
+        n = f.least or max(f.texts)
+        took = f"{n} unrelated text{'s' if n > 1 else ''}: cosine {f.texts[n]:.2f}"
+        out.append((f"finding {whose} by activations and the base's", f.in_activations, took))
+    return out
+
+
+def _taken(what: str, tried: list[Removed], attacks: Attacks) -> list[tuple[str, str, str]]:
+    if not tried:
+        return []
+    if all(r.verdict == NOTHING for r in tried):
+        return [(what, NOTHING, "")]
+    broke = [r for r in tried if r.verdict == BROKEN]
+    if broke:
+        best = min(broke, key=lambda r: (r.kl if math.isfinite(r.kl) else 0, -r.removed.estimate))
+        cost = f" at KL {best.kl:.3f}" if math.isfinite(best.kl) else ""
+        return [(what, BROKEN, f"{share(best.removed)} of the effect gone by {best.how}{cost}")]
+    most = max(tried, key=lambda r: r.removed.estimate)
+    word = HELD if all(r.verdict == HELD for r in tried) else most.verdict
+    at = f" at KL {most.kl:.3f}" if math.isfinite(most.kl) else ""
+    gone = f"{len(tried)} tried, KL up to {attacks.max_kl:g}: at most {share(most.removed)} of the "
+    return [(what, word, f"{gone}effect gone, by {most.how}{at}")]
+
+
+def _steered(d: Steered) -> tuple[str, str, str]:
+    if d.verdict == NOTHING:
+        return "steering back", NOTHING, ""
+    if d.verdict == HELD:
+        return "steering back", HELD, f"doses up to {d.most:g}"
+    took = f"dose {d.dose.estimate:.2f}; the change itself is worth {d.shift.estimate:.2f}"
+    return "steering back", d.verdict, took
+
+
+def _rounded(r: Removed) -> tuple[str, str, str]:
+    kept = "" if r.verdict == NOTHING else f"keeps {share(r.kept)} of the effect"
+    return f"rounding to {kind(r)[1]}", r.verdict, kept
+
+
+def share(x: Interval) -> str:
+    """A ratio as a percentage with its interval."""
+    return f"{x.estimate:.0%} [{x.low:.0%}, {x.high:.0%}]".replace("-", "−")

@@ -1,0 +1,200 @@
+"""Attacks on models whose change is known: a planted vector is found, an absent one is not."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from flax import traverse_util
+
+from reptune_jax import lm
+from reptune_jax.evals.arms import Condition
+from reptune_jax.evals.attacks import counter, edits, prompting, recovery, verdicts, weights
+from reptune_jax.evals.attacks.target import Lab, Target
+from reptune_jax.evals.attacks.verdicts import Attacks
+from reptune_jax.evals.bench import Bench
+from reptune_jax.hub.names import table
+from reptune_jax.vectors.bake import bake
+from tests.support import steering_case, tiny, tiny_behavior
+
+LAYERS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A bench of a tiny model with a vector of unit directions, by log-odds of four items."""
+    folder = tmp_path_factory.mktemp("attack")
+    tiny_behavior.keep_programs(folder / "programs")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_behavior.patch_neutral(patch)
+        c = tiny_behavior.settings(
+            tiny.make_llama(folder / "model", mlp_bias=True),
+            tiny_behavior.write(folder),
+            study__primary="logodds:free",
+            attack__texts=(1, 4),
+            attack__doses=(0.25, 0.5, 1.0, 2.0),
+            attack__personas=1,
+        )
+        base = lm.load(c.model, "float32")
+        vector = steering_case.make_vector(model_sha=base.sha)
+        unit = dataclasses.replace(vector, directions_NxD=weights.unit(vector.directions_NxD))
+        yield Lab.of(Bench(c, base, unit))
+
+
+def edited(base, change):
+    """The base with `change(rows [N, R, D])` added to all that writes to the residual stream."""
+    leaves = weights.flat(base)
+    for path in weights.WRITERS:
+        rows = np.asarray(leaves[path], np.float64).reshape(base.arch.N, -1, base.arch.D)
+        new = (rows + change(rows)).reshape(leaves[path].shape)
+        leaves[path] = jnp.asarray(new, jnp.float32)
+    return dataclasses.replace(base, params=traverse_util.unflatten_dict(leaves, sep="/"))
+
+
+def tuned(lab, seed=0, planted=0.0, noise=0.01):
+    """What a run might have changed at `LAYERS`: noise, and a rank-one part along the vector."""
+    rng = np.random.default_rng(seed)
+    inside_N = np.isin(np.arange(lab.bench.base.arch.N), LAYERS)[:, None, None]
+    mean_D = weights.unit(lab.bench.vector.directions_NxD[list(LAYERS)].mean(0, keepdims=True))[0]
+
+    def change(rows):
+        along = planted * rng.normal(size=rows.shape[:2])[..., None] * mean_D
+        return inside_N * (along + noise * rng.normal(size=rows.shape))
+
+    return edited(lab.bench.base, change), mean_D
+
+
+def target(lab, model, sign=1):
+    return Target(lab, Condition(model, "dual", sign), lab.bench.vector)
+
+
+def frame(rows):
+    return pd.DataFrame(map(dataclasses.asdict, rows))
+
+
+def test_a_planted_vector_is_found_in_the_weights_and_an_absent_one_is_not(lab):
+    same = np.repeat(lab.bench.vector.directions_NxD[:1], lab.bench.base.arch.N, 0)
+    vector = dataclasses.replace(lab.bench.vector, directions_NxD=same)
+    own = Lab(dataclasses.replace(lab.bench, vector=vector), lab.prose)
+    for planted, word in ((0.1, verdicts.BROKEN), (0.0, verdicts.HELD)):
+        model, mean_D = tuned(own, planted=planted)
+        (found,) = verdicts.found(Attacks.of(frame(recovery.from_weights(target(own, model))), 0.1))
+        assert found.in_weights == word
+        rows_NxRxD = weights.written(own.bench.base, model)
+        # The same from numpy's SVD of all that was changed.
+        stacked = rows_NxRxD.reshape(-1, len(mean_D)).astype(np.float64)
+        _, sizes, right = np.linalg.svd(stacked, full_matrices=False)
+        assert found.blind == pytest.approx(abs(right[0] @ mean_D), abs=1e-5)
+        assert found.within == pytest.approx(np.linalg.norm(right[:8] @ mean_D), abs=1e-5)
+        assert found.energy == pytest.approx(sizes[0] ** 2 / (sizes**2).sum(), rel=1e-4)
+        assert (found.blind > 0.9 and found.layer > 0.9) == bool(planted)
+        assert found.chance == pytest.approx(0.44, abs=0.02)
+
+
+def test_a_constant_in_the_residual_stream_is_found_by_one_text(lab, monkeypatch):
+    tiny_behavior.patch_neutral(monkeypatch)
+    layer = lab.bench.vector.at([2])
+    rows = frame(recovery.from_activations(target(lab, bake(lab.bench.base, 3 * layer))))
+    (found,) = verdicts.found(Attacks.of(rows, 0.1))
+    assert found.texts[1] == pytest.approx(1, abs=1e-4) and found.first[4] > 0.999
+    assert (found.least, found.in_activations) == (1, verdicts.BROKEN)
+    early = rows[(rows.metric == "aligned") & (rows.layer < 2)]  # nothing was changed there
+    assert early.value.max() < 1e-6
+    model, _ = tuned(lab)
+    (found,) = verdicts.found(Attacks.of(frame(recovery.from_activations(target(lab, model))), 0.1))
+    assert max(found.texts.values()) < 0.44 and found.in_activations == verdicts.HELD
+
+
+def test_edits_are_those_of_arithmetic(lab):
+    base = lab.bench.base
+    model, _ = tuned(lab, planted=0.1)
+    u_NxD = weights.unit(lab.bench.vector.directions_NxD)
+    projected = weights.projected(base, model, 7 * u_NxD)
+    for path in weights.WRITERS:
+        old, new, got = (
+            np.asarray(weights.flat(m)[path], np.float64).reshape(base.arch.N, -1, base.arch.D)
+            for m in (base, model, projected)
+        )
+        for l in range(base.arch.N):
+            keep = np.eye(base.arch.D) - np.outer(u_NxD[l], u_NxD[l])
+            np.testing.assert_allclose(got[l], old[l] + (new - old)[l] @ keep, atol=1e-6)
+    half = weights.flat(weights.scaled(base, model, -0.5))
+    for path, leaf in weights.flat(base).items():
+        want = 1.5 * np.asarray(leaf) - 0.5 * np.asarray(weights.flat(model)[path])
+        np.testing.assert_allclose(half[path], want, atol=1e-6)
+
+
+def nearest(w_IxO, bits, group):
+    """Rounded to nearest and the steps, one output and one group at a time."""
+    out, steps = w_IxO.copy(), np.zeros_like(w_IxO)
+    for o in range(w_IxO.shape[1]):
+        for start in range(0, len(w_IxO), group):
+            part = slice(start, start + group)
+            steps[part, o] = np.abs(w_IxO[part, o]).max() / (2 ** (bits - 1) - 1)
+            out[part, o] = np.round(w_IxO[part, o] / steps[part, o]) * steps[part, o]
+    return out, steps
+
+
+def test_rounding_is_to_the_nearest_of_a_group(lab):
+    base = lab.bench.base
+    model, _ = tuned(lab, noise=0.02)
+    for how, bits, group in (("int8", 8, 10**6), ("int4", 4, 32)):
+        rounded, over, total = weights.flat(weights.rounded(base, how)), 0, 0
+        for path in ("blocks/attn/q/kernel", *weights.WRITERS):
+            inputs = table(base.arch.family)[path].inputs
+            leaf, own = (np.asarray(weights.flat(m)[path], np.float64) for m in (base, model))
+            width = int(np.prod(leaf.shape[1 : 1 + inputs]))
+            for l in range(base.arch.N):
+                want, steps = nearest(leaf[l].reshape(width, -1), bits, group)
+                got = np.asarray(rounded[path][l]).reshape(width, -1)
+                assert np.mean(np.abs(got - want) > 1e-6) < 1e-3  # ties may fall either way
+                moved = np.abs(own - leaf)[l].reshape(width, -1)
+                over, total = over + (moved > steps / 2).sum(), total + (moved > 0).sum()
+        assert weights.crossed(base, model, how) == pytest.approx(over / total, abs=1e-3)
+    w = jnp.asarray([[[1.0, 1.5, -3.0, 0.1]]])
+    _, steps = weights.ROUND["bfloat16"](w)
+    np.testing.assert_array_equal(steps[0, 0], [2**-7, 2**-7, 2**-6, 2**-11])
+
+
+def test_a_model_that_adds_the_vector_is_undone_by_as_much_and_resists_nothing(lab):
+    """k* = a = 1/2: at every item, and over all of them by the report's own arithmetic."""
+    base, at = lab.bench.base, counter.at_layer(target(lab, lab.bench.base))
+    one = target(lab, bake(base, lab.bench.vector.at([at]) * -0.5), -1)
+    untuned = Target(lab, Condition(base, "base"), lab.bench.vector)
+    measured = [*one.measure("intact"), *untuned.measure("intact"), *counter.counter(one)]
+    attacks = Attacks.of(frame(measured), 0.1)
+    effects = attacks.effects("dual", -1)
+    back = effects.values("counter:vector", 0.5)
+    np.testing.assert_allclose(back, effects.values("intact", base=True), atol=2e-4)
+    (found,) = verdicts.steered(attacks)
+    assert effects.effect.low > 0 and found.shift.estimate == pytest.approx(0.5, abs=1e-4)
+    assert found.dose.estimate == pytest.approx(0.5, abs=5e-3)
+    assert found.resists.estimate == pytest.approx(0, abs=5e-3)
+    assert found.random.estimate > 0.6  # another direction of the same length does not
+
+
+def test_what_an_edit_takes_is_measured_beside_a_random_one(lab):
+    model, _ = tuned(lab, planted=0.1)
+    rows = frame(edits.removal(target(lab, model)))
+    assert set(rows.position) == {
+        f"{kind}:{name}" for kind in ("project", "ablate") for name in ("vector", "found", "random")
+    }
+    assert set(rows.metric) == {"logodds", "kl"} and set(rows.split) == {"attacks"}
+    logodds = rows[rows.metric == "logodds"].groupby("position").value.apply(tuple)
+    assert len(set(logodds)) == 6  # each another model
+
+
+def test_prompts_ask_for_the_opposite_and_leave_the_items_alone(lab):
+    before = lab.bench.behavior.items
+    for sign, mood, answer in ((1, "terrible", "terrible."), (-1, "wonderful", "good.")):
+        asked = dict(prompting.asked_before(lab, sign))
+        assert set(asked) == {"control", "persona0", "role0", "pressure0", "shots1", "shots4"}
+        for name in ("persona0", "role0", "pressure0"):
+            assert f"You are {mood}." in asked[name][0]["content"]
+        assert [t["role"] for t in asked["shots4"]] == ["user", "assistant"] * 4
+        assert all(t["content"].endswith(answer) for t in asked["shots4"][1::2])
+    under = prompting._under(lab, asked["shots1"])
+    item, old = (x.bench.prompts("test")[0] for x in (under, lab))
+    assert list(item.messages) == [*asked["shots1"], *old.messages]
+    assert lab.bench.behavior.items == before
