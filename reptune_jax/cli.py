@@ -24,6 +24,7 @@ PROGRAMS = {
     "capability": "reptune_jax.evals.capability",
     "lmeval": "reptune_jax.evals.lmeval",
     "attack": "reptune_jax.evals.attack",
+    "relearn": "reptune_jax.relearn",
     "recipe": "reptune_jax.recipe",
     "select": "reptune_jax.select",
     "convert": "reptune_jax.convert",

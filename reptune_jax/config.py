@@ -86,6 +86,8 @@ ROLES: dict[str, str] = {
     "attack.doses": "study",
     "attack.scales": "study",
     "attack.personas": "study",
+    "attack.lr": "study",
+    "attack.steps": "study",
     "attack.max_kl": "declared",
     "mesh": "passing",  # may change between two starts of one run
     "train.save_every": "passing",
@@ -302,6 +304,8 @@ def _attack() -> ConfigDict:
     c.doses = (0.25, 0.5, 1.0, 2.0, 4.0)  # … and how far
     c.scales = (-1.0, 0.5, 2.0)  # k in base + k (tuned - base)
     c.personas = 2  # opposing personas that prompts are put under
+    c.lr = (1e-4, 1e-3)  # of training toward the opposite, by the program `relearn`
+    c.steps = (4, 16)  # … and how many
     c.max_kl = 0.1  # nats/token on neutral prose: an attack that costs more destroys the model
     return c
 

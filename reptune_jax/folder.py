@@ -25,6 +25,7 @@ not before: a first start that fails leaves no claim.
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 from contextlib import AbstractContextManager
 from importlib import metadata
@@ -172,6 +173,13 @@ class Study(_Folder):
     def trial(self, name: str) -> "Study":
         """One combination of a search."""
         return Study(self.path / "trials" / name)
+
+    def share(self, other: "Study") -> None:
+        """Gives another folder this one's vector and targets, where it has none."""
+        other.path.mkdir(parents=True, exist_ok=True)
+        for ours, theirs in ((self.vector, other.vector), (self.targets, other.targets)):
+            if ours.exists() and not theirs.exists():
+                shutil.copyfile(ours, theirs)
 
     def run(self, name: RunName | str) -> Run:
         """A run by name, there or not."""

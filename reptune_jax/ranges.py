@@ -142,6 +142,8 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "attack.doses": Range(0, 1e4, above=True),
     "attack.scales": _DOSE,
     "attack.personas": _AT_LEAST_ONE,
+    "attack.lr": _RATE,
+    "attack.steps": _AT_LEAST_ONE,
     "attack.max_kl": Range(0, above=True),
     "study.arms": tuple(configs.ARMS),
     "study.signs": (1, -1),

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -150,7 +149,7 @@ def tried(bench: Bench, study: Study, trial: Trial, steps: int, untuned: list[Ro
     if distributed.exists(own.outcome):
         return Outcome(**json.loads(own.outcome.read_text()))
     say(f"trial: {trial}, {steps} steps")
-    distributed.once(lambda: _share(study, own))
+    distributed.once(lambda: study.share(own))  # no trial's recipe touches them
     folder = train.run(c, own.path, bench.base)
     own_bench = Bench(c, bench.base, bench.vector, bench.named)
     (cell,), rows = sweep(own_bench, [arms.tuned(bench.base, folder)])
@@ -162,14 +161,6 @@ def tried(bench: Bench, study: Study, trial: Trial, steps: int, untuned: list[Ro
 
 def _repeats(rows: list[Row]) -> float:
     return float(np.mean([row.value for row in rows if row.metric == "rep4"] or [0.0]))
-
-
-def _share(study: Study, own: Study) -> None:
-    """No trial's recipe touches the vector and the targets."""
-    own.path.mkdir(parents=True, exist_ok=True)
-    for ours, theirs in ((study.vector, own.vector), (study.targets, own.targets)):
-        if ours.exists() and not theirs.exists():
-            shutil.copyfile(ours, theirs)
 
 
 def ranked(found: dict[Trial, Outcome], max_kl: float) -> list[Trial]:

@@ -40,7 +40,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("cards",),
     ("train", "extract", "convert", "vector", "chat"),
-    ("recipe", "select"),
+    ("recipe", "relearn", "select"),
     ("study",),
     ("__init__", "__main__", "cli"),
 )

@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 
+import jax
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -11,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reptune_jax import lm, study
+from reptune_jax import lm, relearn, study
+from reptune_jax.config import also_behavior
 from reptune_jax.evals import arms, attack, capability, results
 from reptune_jax.report import markdown
 from reptune_jax.report.study import read
@@ -206,7 +208,8 @@ def test_attacks_are_tried_on_every_run_and_not_again(done, monkeypatch, capsys)
     paths = attack.run(c, folder, model)
     try:
         rows = pd.concat([results.read(path) for path in paths])
-        kl = rows[rows.metric == "kl"].set_index(["arm", "sign", "position", "k", "item_id"]).value
+        kl = rows[rows.metric == "kl"].set_index(["arm", "sign", "position", "k", "item_id"])
+        kl = kl.value.sort_index()
         for run in itertools.product(("dual", "random"), (1, -1)):
             own = {at: kl[(*run, *at)].to_numpy() for at in (("intact", 0.0), ("scale", 1.0))}
             np.testing.assert_allclose(*own.values(), rtol=1e-3)
@@ -230,6 +233,49 @@ def test_attacks_are_tried_on_every_run_and_not_again(done, monkeypatch, capsys)
     finally:
         for path in paths:
             path.unlink()
+
+
+def test_a_run_is_trained_on_toward_the_other_sign_without_retention(done, monkeypatch):
+    """Training is another test's: here a run that is there stands for what it gave."""
+    tiny_behavior.patch_neutral(monkeypatch)
+    c, folder = done
+    c, model, asked = c.copy_and_resolve_references(), lm.load(c.model, "float32"), []
+
+    def trained(c, own, start):
+        assert (own / "targets.jsonl").exists() and (own / "vector.safetensors").exists()
+        asked.append((c, start))
+        return folder / f"token{'+' if c.sign > 0 else '-'}_s0"
+
+    monkeypatch.setattr(relearn.train, "run", trained)
+    c.attack.arms, c.attack.prompts, c.attack.lr, c.attack.steps = ("dual",), 2, (1e-2,), (3,)
+    paths = relearn.run(c, folder, model)
+    try:
+        rows = pd.concat([results.read(path) for path in paths])
+        kl = rows[rows.metric == "kl"].set_index(["sign", "position", "k", "item_id"])
+        kl = kl.value.sort_index()
+        for (one, start), sign in zip(asked, (1, -1), strict=True):
+            assert (one.arm, one.sign, one.train.lr, one.train.steps) == ("token", -sign, 1e-2, 3)
+            assert not (one.loss.retain or one.loss.own or one.loss.l2 or one.loss.ending)
+            tuned = arms.tuned(model, folder / f"dual{'+' if sign > 0 else '-'}_s0").model
+            for ours, theirs in zip(
+                *map(jax.tree.leaves, (start.params, tuned.params)), strict=True
+            ):
+                np.testing.assert_array_equal(ours, theirs)  # it goes on from the tuned model
+            own = folder / f"token{'-' if sign > 0 else '+'}_s0"
+            want = results.read(own / "results/tuned.parquet")
+            want = (
+                want[(want.metric == "kl") & (want.split == "neutral")].set_index("item_id").value
+            )
+            got = kl[sign, "relearn:0.01", 3.0]
+            np.testing.assert_allclose(got, want[got.index], rtol=1e-3)
+        assert not list((folder / "trials").iterdir())
+    finally:
+        for path in paths:
+            path.unlink()
+        (folder / "trials").rmdir()
+    c.loss.also["x"] = also_behavior("y")
+    with pytest.raises(ValueError, match="expected one behavior"):
+        relearn.run(c, folder)
 
 
 def test_nothing_to_attack_is_said_before_a_model_is_loaded(done, tmp_path):

@@ -9,7 +9,7 @@ done again.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -59,13 +59,21 @@ KNOWN: dict[str, Attack] = {
 assert {INTACT, *ATTACKS} == set(KNOWN)
 
 
-def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
+def run(
+    c: ConfigDict,
+    workdir: Path,
+    model: Model | None = None,
+    attacks: Mapping[str, Attack] | None = None,
+) -> list[Path]:
     """Does what is missing and prints the verdicts; the files of the results.
+
+    `attacks`, by name, are those of `attack.names` unless given.
 
     Raises:
       ValueError: no attacks are named, or the folder has nothing to attack.
     """
-    if not c.attack.names:
+    attacks = {name: KNOWN[name] for name in c.attack.names} if attacks is None else attacks
+    if not attacks:
         raise ValueError(f"attack.names: got none, expected some of {', '.join(ATTACKS)}.")
     study = Study(workdir)
     study.check(c)
@@ -79,8 +87,8 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
     paths = []
     for one in planned:
         made = cache(lambda one=one: _target(study, one, lab()))
-        for name in dict.fromkeys((INTACT, *c.attack.names)):
-            attack, path = KNOWN[name], study.attack(name, one.name)
+        for name, attack in {INTACT: KNOWN[INTACT], **attacks}.items():
+            path = study.attack(name, one.name)
             if _arm(one) not in attack.arms:
                 continue
             paths.append(path)

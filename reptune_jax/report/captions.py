@@ -104,6 +104,10 @@ EDITS = _line("""
     Directions: the vector itself, the one found by one SVD, a random one. scale × k: base + k
     (tuned − base), 0 being the base. Intervals: bootstrap over clusters and seeds.
 """)
+RELEARNED = _line("""
+    Trained on from the tuned model with the token loss alone, toward the other sign, on the study's
+    own targets and weights: the checkpoint with the lowest validation loss, the start included.
+""")
 STEERED = _line("""
     Doses of the vector at one layer against the arm's sign, linear between those tried: the
     smallest that brings the mean down to the untuned model's. Its own shift: how far its residuals

@@ -32,6 +32,7 @@ def blocks(study: Study) -> list[Block]:
     edits = verdicts.removed(attacks)
     built = [_verdicts(study, attacks), _found(attacks), _plot(attacks)]
     built += [_edits(edits), _steered(attacks), _rounded(edits, attacks), _prompts(edits)]
+    built.append(_relearned(edits))
     return [block for block in built if block]
 
 
@@ -121,6 +122,25 @@ def _edits(edits: list[Removed]) -> Table | None:
     header = ["Arm", "Edit", f"Effect removed {_CI}", f"… than along a random direction {_CI}"]
     header += ["KL, prose", "Values", "Verdict"]
     return _table("Is the behavior taken out of the weights", captions.EDITS, header, rows)
+
+
+def _relearned(edits: list[Removed]) -> Table | None:
+    tried = [r for r in edits if words.kind(r)[0] == "relearn"]
+    arms = list(dict.fromkeys((r.arm, r.sign) for r in tried))
+    tried.sort(key=lambda r: (arms.index((r.arm, r.sign)), words.kind(r), r.k))
+    rows = [
+        [
+            _name(r.arm, r.sign),
+            words.kind(r)[1],
+            f"{r.k:g}",
+            interval(r.removed, 2),
+            number(r.kl),
+            r.verdict,
+        ]
+        for r in tried
+    ]
+    header = ["Arm", "Learning rate", "Steps", f"Effect removed {_CI}", "KL, prose", "Verdict"]
+    return _table("Is it trained away", captions.RELEARNED, header, rows)
 
 
 def _steered(attacks: Attacks) -> Table | None:

@@ -101,7 +101,8 @@ class Target:
         say(f"{self.cond.title}: {how}{f' {k:g}' if k else ''}")
         of = bench.primary.metric, bench.primary.format
         found = [r for r in bench.primary_rows(cond, "test") if (r.metric, r.format) == of]
-        kept = cond, bench.labels(cond), self.lab.prose, bench.c.eval.batch
+        size = min(bench.c.eval.batch, 2 * len(self.lab.prose))  # which is halved there
+        kept = cond, bench.labels(cond), self.lab.prose, size
         found += [r for r in scoring.retention_rows(*kept) if r.metric == "kl"]
         say_missing(cond, found)
         at: dict[str, Any] = {"split": SPLIT, "position": how, "k": float(k), "layer": layer}
@@ -110,7 +111,7 @@ class Target:
 
 def read_means(cond: Condition, texts: Sequence[Text], batch: int) -> np.ndarray:
     """The mean residual of each text's P spans at every layer, float32 [N, I, P, D]."""
-    model, P = cond.model, len(texts[0][1])
+    model, P, batch = cond.model, len(texts[0][1]), min(batch, len(texts))
     out = np.zeros((model.arch.N, len(texts), P, model.arch.D), np.float32)
     for rows in batches_by_length([len(ids) for ids, _ in texts], batch):
         tokens, mask = pad([texts[r][0] for r in rows], model.pad_id, left=False, rows=batch)

@@ -19,6 +19,7 @@ NOTHING = "no effect to attack"
 UNSPECIFIC = "no better than a random direction"
 DESTROYED = "beyond the budget of KL"
 _HALF = 0.5  # of the effect: with less than that left a model is broken
+_KINDS = ("project", "ablate", "scale", "round", "prompt", "relearn")
 _ITEM = ["cluster", "item_id", "template", "order"]
 _NO = Interval(np.nan, np.nan, np.nan)
 
@@ -161,7 +162,7 @@ def removed(attacks: Attacks) -> list[Removed]:
     for arm, sign in attacks.arms:
         effects = attacks.effects(arm, sign)
         for how, k in effects.own.columns:
-            if how.partition(":")[0] in ("project", "ablate", "scale", "round", "prompt"):
+            if how.partition(":")[0] in _KINDS:
                 found.append(_removed(attacks, effects, arm, how, k))
     return found
 

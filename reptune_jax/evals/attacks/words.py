@@ -48,6 +48,7 @@ def said(attacks: Attacks) -> list[Said]:
         told += [_steered(d) for d in doses if (d.arm, d.sign) == one]
         told += _taken("prompts", _of(own, "prompt"), attacks)
         told += [_rounded(r) for r in _of(own, "round")]
+        told += _taken("training toward the opposite", _of(own, "relearn"), attacks)
         out += [Said(*one, *t) for t in told]
     return out
 
@@ -82,9 +83,12 @@ def _taken(what: str, tried: list[Removed], attacks: Attacks) -> list[tuple[str,
         return [(what, NOTHING, "")]
     broke = [r for r in tried if r.verdict == BROKEN]
     if broke:
-        best = min(broke, key=lambda r: (r.kl if math.isfinite(r.kl) else 0, -r.removed.estimate))
+        steps = (r.k if kind(r)[0] == "relearn" else 0 for r in broke)
+        order = zip(steps, (r.kl if math.isfinite(r.kl) else 0 for r in broke), broke, strict=True)
+        best = min(order, key=lambda one: (*one[:2], -one[2].removed.estimate))[2]
         cost = f" at KL {best.kl:.3f}" if math.isfinite(best.kl) else ""
-        return [(what, BROKEN, f"{share(best.removed)} of the effect gone by {best.how}{cost}")]
+        by = f"{best.how}, {best.k:g} steps" if kind(best)[0] == "relearn" else best.how
+        return [(what, BROKEN, f"{share(best.removed)} of the effect gone by {by}{cost}")]
     most = max(tried, key=lambda r: r.removed.estimate)
     word = HELD if all(r.verdict == HELD for r in tried) else most.verdict
     at = f" at KL {most.kl:.3f}" if math.isfinite(most.kl) else ""
