@@ -125,7 +125,7 @@ def _conditions(given: str, arms: tuple[str, ...]) -> dict[str, Callable[[], Con
     if arms:
         c.suites.arms = arms
     base = cache(lambda: capability.base_of(c, study, None))
-    planned = list(capability.conditions(c, study))
+    planned = list(capability.conditions(c, study, c.suites.arms))
     return {one.name: partial(_made, one, base) for one in planned}
 
 
