@@ -132,7 +132,7 @@ def _target(study: Study, one: Planned, lab: Lab) -> Target:
 
 def _digest(c: ConfigDict, study: Study, attack: Attack) -> str:
     """Identifies what an attack's result depends on, besides the study itself."""
-    keys = ("new_tokens", "templates")
+    keys = ("new_tokens", "templates", "judge")
     about = {
         "attack": {key: c.attack[key] for key in attack.keys},
         "eval": {key: c.eval[key] for key in keys},

@@ -39,7 +39,7 @@ def lab(tmp_path_factory):
         base = lm.load(c.model, "float32")
         vector = steering_case.make_vector(model_sha=base.sha)
         unit = dataclasses.replace(vector, directions_NxD=weights.unit(vector.directions_NxD))
-        yield Lab.of(Bench(c, base, unit))
+        yield Lab.of(Bench(c, base, unit, lambda: None))
 
 
 def edited(base, change):
