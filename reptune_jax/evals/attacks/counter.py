@@ -6,9 +6,11 @@ resistance.
 
 import dataclasses
 
+from reptune_jax.console import say
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.attacks.target import CONTROL, Target, read_means
 from reptune_jax.evals.results import Row
+from reptune_jax.vectors.steering_vector import SteeringVector
 
 
 def counter(target: Target) -> list[Row]:
@@ -17,6 +19,9 @@ def counter(target: Target) -> list[Row]:
     `k` of a row is the signed dose that was added; the base is steered to both sides.
     """
     c, cond = target.lab.bench.c, target.cond
+    if cond.steer is not None and not isinstance(cond.steer, SteeringVector):
+        say(f"counter: left out for {cond.title}, which is no addition at every token")
+        return [target.number("counter:shift", "shift", float("nan"))]
     layer, vector = at_layer(target), target.lab.bench.vector
     ways = {"vector": vector}
     if cond.arm != "base":

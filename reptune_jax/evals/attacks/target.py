@@ -16,7 +16,6 @@ from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench, say_missing
 from reptune_jax.evals.results import Row
 from reptune_jax.lm import Model
-from reptune_jax.model.intervene import as_steer
 from reptune_jax.model.padding import batches_by_length, pad
 from reptune_jax.model.read import read_at_once
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -119,7 +118,9 @@ def read_means(cond: Condition, texts: Sequence[Text], batch: int) -> np.ndarray
         for b, r in enumerate(rows):
             for p, (start, stop) in enumerate(texts[r][1]):
                 weight_BxPxT[b, p, start:stop] = 1 / max(stop - start, 1)
-        steer = as_steer(cond.steer, model.arch, *tokens.shape)
+        starts = [texts[r][1][0][0] for r in rows]
+        starts += starts[:1] * (len(tokens) - len(rows))
+        steer = model.as_steer(cond.steer, tokens, mask, starts)
         tokens, mask, weight_BxPxT = meshes.put_rows((tokens, mask, weight_BxPxT), model.mesh)
         asked = {"steer": steer, "read_BxPxT": weight_BxPxT, "hidden": False}
         found = read_at_once(model.decoder, model.params, tokens, mask, **asked)
