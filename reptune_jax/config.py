@@ -1,13 +1,12 @@
-"""Everything a run depends on, in one place: defaults, arms, roles. `ranges` says what is allowed.
+"""Everything a run depends on, in one place: defaults and arms.
+
+`roles` says what a key is to a result, `ranges` what values it may have.
 
 A config is a Python file with `get_config(arg="")` that starts from `default()` and changes what it
 needs. Programs take `--config=configs/x.py[:arg]` and `--config.key=value` overrides; an unknown
 key is an error that says which one was probably meant.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -55,53 +54,6 @@ CONTRASTS = {"weights": "token", "contrast": "dual"}  # and the arm whose two si
 MODES = ("in", "out", "shift")  # what a behavior's cosine loss asks for; another one's also: hold
 
 METHODS = ("mean_diff", "pca", "pca_center", "logistic", "lda", "whitened")  # of making a vector
-
-# What a key or section is. One that is not here is part of every result.
-ROLES: dict[str, str] = {
-    "arm": "run",  # tells the runs of a study apart
-    "sign": "run",
-    "seed": "run",
-    "study.arms": "study",  # which arms and runs there are, which may grow
-    "study.signs": "study",
-    "study.seeds": "study",
-    "study.export": "study",
-    "study.primary": "declared",  # of the study, before it runs; no run depends on it
-    "eval": "measure",  # how a model is measured: trains nothing
-    "steer": "measure",
-    "dial.arms": "study",
-    "dial.scales": "measure",
-    "suites.names": "study",
-    "suites.data": "study",
-    "suites.limit": "study",
-    "suites.arms": "study",
-    "suites.margin": "declared",
-    "attack.names": "study",
-    "attack.arms": "study",
-    "attack.seeds": "study",
-    "attack.prompts": "study",
-    "attack.documents": "study",
-    "attack.pairs": "study",
-    "attack.texts": "study",
-    "attack.layer": "study",
-    "attack.doses": "study",
-    "attack.scales": "study",
-    "attack.personas": "study",
-    "attack.lr": "study",
-    "attack.steps": "study",
-    "attack.max_kl": "declared",
-    "mesh": "passing",  # may change between two starts of one run
-    "train.save_every": "passing",
-    "train.save_minutes": "passing",
-    "train.profile": "passing",
-    "train.remat": "passing",  # what is computed again is the same
-    "train.peak_tflops": "passing",
-    "chat": "shown",  # is only looked at, and is not stored either
-    "search": "shown",
-    "select": "shown",
-}
-# What a vector and the targets depend on.
-OF_VECTOR: tuple[str, ...] = ("model", "dtype", "tf32", "template_arguments", "behavior", "vector")
-OF_VECTOR += ("targets", "eval.val_prompts", "eval.batch")
 
 
 def default() -> ConfigDict:
@@ -375,65 +327,3 @@ def armed(config: ConfigDict) -> ConfigDict:
 def retains(config: ConfigDict) -> bool:
     """Whether a step has rows of retention text."""
     return bool(config.loss.retain or config.loss.l2 or config.loss.own)
-
-
-def digest(values: dict[str, Any]) -> str:
-    """Identifies the resolved values, whatever file they came from."""
-    text = json.dumps(lasting(values), sort_keys=True, default=list)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`key: value there, value now` for every key that a result may depend on."""
-    trees = (there, now, default().to_dict())
-    was, new, first = (_flatten(lasting(json.loads(json.dumps(tree)))) for tree in trees)
-    # A key that is newer than the folder has the value that made no difference then.
-    first |= {k: new[k] for k in keys_of("declared") if k in new}
-    was = {k: v for k, v in first.items() if k in new} | was
-    changed = [k for k in sorted(was.keys() | new.keys()) if was.get(k) != new.get(k)]
-    return [f"{k}: {was.get(k)!r} there, {new.get(k)!r} now" for k in changed]
-
-
-def keys_of(*roles: str) -> tuple[str, ...]:
-    """The keys and sections that have one of these `ROLES`."""
-    return tuple(key for key, role in ROLES.items() if role in roles)
-
-
-def is_of(key: str, keys: Iterable[str]) -> bool:
-    """Whether it is one of these keys, or in one of these sections."""
-    return any(key == one or key.startswith(f"{one}.") for one in keys)
-
-
-def without(values: dict[str, Any], *roles: str, prefix: str = "") -> dict[str, Any]:
-    """The values of a config, less those of the keys and sections with one of these `ROLES`."""
-    out = {}
-    for key, value in values.items():
-        if ROLES.get(prefix + key) not in roles:
-            nested = isinstance(value, dict)
-            out[key] = without(value, *roles, prefix=f"{prefix}{key}.") if nested else value
-    return out
-
-
-def lasting(values: dict[str, Any]) -> dict[str, Any]:
-    """The values that a result may depend on: not chat's, the devices', or when to save."""
-    return without(values, "passing", "shown")
-
-
-def as_file(c: ConfigDict, about: str) -> str:
-    """A config file of what differs from the defaults, but for what is searched."""
-    first, ours = (_flatten(without(x.to_dict(), "shown")) for x in (default(), c))
-    changed = {key: value for key, value in ours.items() if first.get(key) != value}
-    lines = "".join(f"    c.{key} = {value!r}\n" for key, value in changed.items())
-    return (
-        f'"""{about}"""\n\n'
-        "from ml_collections import ConfigDict\n\nfrom reptune_jax.config import default\n\n\n"
-        f"def get_config() -> ConfigDict:\n    c = default()\n{lines}    return c\n"
-    )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, name + ".") if isinstance(value, dict) else {name: value}
-    return flat

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
-from reptune_jax import distributed, ending, lock
+from reptune_jax import distributed, ending, lock, roles
 from reptune_jax.console import say
 
 _LOCK = ".lock"
@@ -136,7 +136,7 @@ class Run(_Folder):
         return None if self.results.exists() or any(self.checkpoints.glob("*")) else ()
 
     def _own(self, c: ConfigDict) -> dict[str, Any]:  # which runs the study has may grow
-        return configs.without(c.to_dict(), "study", "declared")
+        return roles.without(c.to_dict(), "study", "declared")
 
 
 class Study(_Folder):
@@ -223,10 +223,10 @@ class Study(_Folder):
     def rests_on(self) -> tuple[str, ...] | None:
         if self.runs() or self.results():
             return None
-        return configs.OF_VECTOR if self.vector.exists() or self.targets.exists() else ()
+        return roles.OF_VECTOR if self.vector.exists() or self.targets.exists() else ()
 
     def _own(self, c: ConfigDict) -> dict[str, Any]:
-        return configs.without(c.to_dict(), "study", "run")
+        return roles.without(c.to_dict(), "study", "run")
 
 
 def read_config(folder: _Folder) -> dict[str, Any]:
@@ -287,12 +287,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _check(folder: _Folder, values: dict[str, Any]) -> None:
-    distributed.same(config=configs.digest(values))
+    distributed.same(config=roles.digest(values))
     distributed.once(lambda: _changed(folder, _as_stored(values)))
 
 
 def _claim(folder: _Folder, values: dict[str, Any]) -> None:
-    distributed.same(config=configs.digest(values))
+    distributed.same(config=roles.digest(values))
     distributed.once(lambda: _write_config(folder, _as_stored(values)))
     if not distributed.everywhere(folder.config.exists()):
         raise ValueError(
@@ -302,7 +302,7 @@ def _claim(folder: _Folder, values: dict[str, Any]) -> None:
 
 
 def _as_stored(values: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(configs.without(values, "shown")))  # tuples become lists
+    return json.loads(json.dumps(roles.without(values, "shown")))  # tuples become lists
 
 
 def _write_config(folder: _Folder, values: dict[str, Any]) -> None:
@@ -318,12 +318,12 @@ def _changed(folder: _Folder, values: dict[str, Any]) -> list[str]:
     """What differs from the folder's config, if nothing that is there depends on it."""
     if not folder.config.exists():
         return []
-    changed, keys = configs.differences(read_config(folder), values), folder.rests_on()
-    matter = [line for line in changed if keys is None or configs.is_of(line.split(":")[0], keys)]
+    changed, keys = roles.differences(read_config(folder), values), folder.rests_on()
+    matter = [line for line in changed if keys is None or roles.is_of(line.split(":")[0], keys)]
     if not matter:
         return changed
     advice = "Use another --workdir, or the same config to resume."
-    if not any(configs.is_of(line.split(":")[0], configs.OF_VECTOR) for line in matter):
+    if not any(roles.is_of(line.split(":")[0], roles.OF_VECTOR) for line in matter):
         advice += " vector.safetensors and targets.jsonl do not depend on it: copy them there."
     raise ValueError(
         f"workdir {folder.path}: holds a run of another config: {'; '.join(matter)}. {advice}"

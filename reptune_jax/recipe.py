@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from reptune_jax import config as configs
-from reptune_jax import distributed, program, train
+from reptune_jax import distributed, program, roles, train
 from reptune_jax.config import TUNED_ARMS
 from reptune_jax.console import say
 from reptune_jax.evals import arms
@@ -112,7 +111,7 @@ def run(c: ConfigDict, workdir: Path) -> Path:
                 "search.cosine, add steps, or raise search.max_kl."
             )
         why = f"Chosen on validation by `reptune recipe`. {last}: {about(found[last])}."
-        chosen = configs.as_file(last.of(c, c.search.steps[-1]), why)
+        chosen = roles.as_file(last.of(c, c.search.steps[-1]), why)
         distributed.once(lambda: write_whole(study.recipe, chosen))
     say(f"chosen: {last}. Use it with --config={study.recipe}")
     return study.recipe

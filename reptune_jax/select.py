@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from reptune_jax import config as configs
-from reptune_jax import distributed, program
+from reptune_jax import distributed, program, roles
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
@@ -131,7 +130,7 @@ def run(c: ConfigDict, workdir: Path) -> Path:
             )
         chosen = order[0].setting.of(c, order[0].dose, c.select.max_kl)
         why = f"Chosen on validation by `reptune select`. {about(order[0])}."
-        distributed.once(lambda: write_whole(study.select, configs.as_file(chosen, why)))
+        distributed.once(lambda: write_whole(study.select, roles.as_file(chosen, why)))
     say(f"chosen: {about(order[0])}. Use it with --config={study.select}")
     return study.select
 
@@ -267,7 +266,7 @@ class Search:
             cond = arms.steered(*at, c.steer)
         of = {
             "what": what,
-            "config": configs.digest(configs.without(c.to_dict(), "study", "run")),
+            "config": roles.digest(roles.without(c.to_dict(), "study", "run")),
             "behavior": self.behavior.digest,
             "steered": setting and [*setting, dose * self.c.sign, vector.digest],
         }

@@ -37,7 +37,6 @@ KEYS = {
     "study.export": ({"study__export": "vector"}, r"study\.export: got 'vector'"),
 }
 FILES = {
-    "no personas": (without(format="persona"), "personas: got none"),
     "one persona": (without(format="persona", label=0), "persona cluster .*got labels"),
     "nothing to tune on": (without(split="tune"), "no open prompts in split 'tune', only in train"),
     "no validation": (without(split="val"), "no open prompts in split 'val'.*for validation"),

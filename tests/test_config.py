@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from flax import traverse_util
 
-from reptune_jax import command_line, config, program, ranges, train
+from reptune_jax import command_line, config, program, ranges, roles, train
 from tests.support import tiny, tiny_behavior
 
 ROOT = Path(__file__).parent.parent
@@ -198,8 +198,8 @@ def test_a_config_that_is_right_passes_and_is_not_changed():
 def test_arms_differ_by_their_settings_only():
     for arm, changes in config.ARMS.items():
         c = settings(arm=arm)
-        armed = config._flatten(config.armed(c).to_dict())
-        plain = config._flatten(c.to_dict())
+        armed = roles._flatten(config.armed(c).to_dict())
+        plain = roles._flatten(c.to_dict())
         assert {k: armed[k] for k in changes} == changes
         assert {k for k, v in armed.items() if plain[k] != v} <= changes.keys()
         assert c == settings(arm=arm)
@@ -207,8 +207,8 @@ def test_arms_differ_by_their_settings_only():
 
 
 def test_the_digest_identifies_values():
-    assert config.digest(settings().to_dict()) == config.digest(settings().to_dict())
-    assert config.digest(settings().to_dict()) != config.digest(settings(train__lr=1e-3).to_dict())
+    assert roles.digest(settings().to_dict()) == roles.digest(settings().to_dict())
+    assert roles.digest(settings().to_dict()) != roles.digest(settings(train__lr=1e-3).to_dict())
 
 
 # ---------------------------------------------------------------- inputs that are wrong

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from reptune_jax import config, ranges
+from reptune_jax import config, ranges, roles
 from reptune_jax.folder import Run, RunName, Study
 from tests.support import tiny
 
@@ -36,7 +36,7 @@ def test_what_may_change_between_two_starts_does(tmp_path):
     Run(tmp_path).claim(settings())
     passing = {"mesh__fsdp": 2, "train__save_every": 7, "chat__layer": 3, "study__seeds": (4,)}
     Run(tmp_path).claim(settings(**passing))
-    assert set(config.keys_of("passing")) >= {"mesh", "train.save_every", "train.profile"}
+    assert set(roles.keys_of("passing")) >= {"mesh", "train.save_every", "train.profile"}
 
 
 def test_a_folder_that_is_older_than_a_key_is_still_its_configs(tmp_path):

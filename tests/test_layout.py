@@ -14,6 +14,7 @@ PACKAGE = ROOT / "reptune_jax"
 # package stands for all that lies in it.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("config",),
+    ("roles",),  # of its keys
     ("ending",),  # signals, and what must not be left half made
     ("background",),  # errors beside the main thread
     ("distributed",),  # plain calls where there is one process

@@ -9,30 +9,37 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- from results/ by docs/assets/results.py -->\n", "<!-- end -->"
 RIVALS = ("prompt", "steer", "token", "random", "weights")
+NOT_THE_VECTOR = "not shown better than random"  # moved, but so did the random direction
 
 
 def table(results: Path) -> str:
-    """A line for each kept study and sign: what dual did, and who was ahead of whom."""
-    head = ["study", "dual against the untuned model", "KL", *(f"vs {rival}" for rival in RIVALS)]
+    """A line for each kept study and sign: what dual did, and by how much it leads each rival."""
+    head = ["study", "measure; seeds, items", "dual to untuned", "KL", *RIVALS]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for path in sorted(results.glob("*/summary.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
         for dual in kept["dual"]:
-            side = {1: "+", -1: "−"}[dual["sign"]]
-            name = f"[{path.parent.name}](results/{path.parent.name}/README.md) {side}"
-            name += f": {kept['primary']}, {kept['items']} items, seeds: {kept['seeds']}"
-            against = [_short(dual["against"].get(rival)) for rival in RIVALS]
-            cells = [name, f"{dual['delta']}: {dual['outcome']}", dual["kl"], *against]
+            name = f"[{path.parent.name}](results/{path.parent.name}/README.md)"
+            name += {1: " +", -1: " −"}[dual["sign"]]
+            moved = dual["outcome"] in ("moved as asked", NOT_THE_VECTOR)
+            measure = kept["primary"].split()[0].strip(",")
+            evidence = f"{measure}; {kept['seeds']}, {kept['items']}"
+            cells = [name, evidence, _shown(dual["delta"], moved)]
+            cells += [dual["kl"], *(_lead(dual["against"].get(rival)) for rival in RIVALS)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _short(found: dict[str, str] | None) -> str:
-    """The verdict as a word, with the difference in the arm's direction."""
+def _lead(found: dict[str, str] | None) -> str:
+    """The difference in the arm's direction, bold where it is shown."""
     if found is None:
         return ""
-    word = found["verdict"].removeprefix("dual ").replace("no difference shown", "not shown")
-    return f"{word} ({found['advantage'].split(' [')[0]})"
+    lead = found["advantage"].split(" [")[0]
+    return _shown(lead, found["verdict"] != "no difference shown")
+
+
+def _shown(text: str, is_shown: bool) -> str:
+    return f"**{text}**" if is_shown else text
 
 
 def with_table(page: str, results: Path) -> str:

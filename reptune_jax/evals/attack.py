@@ -18,7 +18,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
-from reptune_jax.config import ATTACKS, CONTRASTS, TUNED_ARMS, digest
+from reptune_jax.config import ATTACKS, CONTRASTS, TUNED_ARMS
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.evals import capability, results
@@ -30,6 +30,7 @@ from reptune_jax.evals.capability import Planned
 from reptune_jax.evals.results import Row, write_parquet
 from reptune_jax.folder import RunName, Study
 from reptune_jax.lm import Model
+from reptune_jax.roles import digest
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 TUNED = (*TUNED_ARMS, *CONTRASTS)  # weights that differ from the base's

@@ -10,7 +10,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
-from reptune_jax.config import digest
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data.behavior import Behavior
@@ -22,6 +21,7 @@ from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.results import Row
 from reptune_jax.folder import Study
 from reptune_jax.lm import Model
+from reptune_jax.roles import digest
 from reptune_jax.vectors import extraction
 from reptune_jax.vectors.steering_vector import SteeringVector
 

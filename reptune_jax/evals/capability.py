@@ -17,7 +17,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
-from reptune_jax.config import CONTRASTS, digest
+from reptune_jax.config import CONTRASTS
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
@@ -31,6 +31,7 @@ from reptune_jax.evals.suites.readers import Question
 from reptune_jax.evals.sweep import dual_kl
 from reptune_jax.folder import RunName, Study
 from reptune_jax.lm import Model
+from reptune_jax.roles import digest
 from reptune_jax.vectors import extraction
 from reptune_jax.vectors.steering_vector import SteeringVector
 

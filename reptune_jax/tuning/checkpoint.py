@@ -14,8 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from reptune_jax import config as configs
-from reptune_jax import distributed, ending
+from reptune_jax import distributed, ending, roles
 from reptune_jax.console import say
 from reptune_jax.folder import Run, environment
 from reptune_jax.hub import digest
@@ -206,8 +205,8 @@ def _check_same_run(step: int, there: dict[str, Any], now: dict[str, Any]) -> No
         if there.get(k) != now.get(k)
     ]
     # Which other runs the study has, and how it trains them, makes no other run of this one.
-    trees = [configs.without(m.get("config", {}), "study", "declared") for m in (there, now)]
-    changed += configs.differences(*trees)
+    trees = [roles.without(m.get("config", {}), "study", "declared") for m in (there, now)]
+    changed += roles.differences(*trees)
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(

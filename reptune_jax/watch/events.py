@@ -18,8 +18,7 @@ from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from reptune_jax import config as configs
-from reptune_jax import ending
+from reptune_jax import ending, roles
 
 _NAME = "events.out.tfevents."  # then when it was begun, by which TensorBoard orders files
 
@@ -67,7 +66,7 @@ class Events:
 
     def hparams(self, run: str, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
         """The run as a row of the HPARAMS tab, with the last value of each of these scalars."""
-        first = configs.keys_of("run")  # what differs is shown first
+        first = roles.keys_of("run")  # what differs is shown first
         columns = [
             api_pb2.HParamInfo(name=k, type=_kind(v), differs=k in first) for k, v in values.items()
         ]
@@ -113,6 +112,6 @@ def _kind(value: Any) -> int:
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's training depends on, as the HPARAMS tab takes it: numbers, booleans, texts."""
-    trains = configs.without(dict(config), "measure", "study", "declared", "passing", "shown")
+    trains = roles.without(dict(config), "measure", "study", "declared", "passing", "shown")
     flat = traverse_util.flatten_dict(trains, sep=".")
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import reptune_jax as rt
+from reptune_jax import console
 from reptune_jax.model.intervene import OPERATIONS, span
 from reptune_jax.vectors.intervention import Intervention, When
 from tests.support import tiny
@@ -224,6 +225,7 @@ def test_each_layer_may_have_a_dose_of_its_own(ours):
 
 
 def test_a_vector_that_is_added_everywhere_says_so_once(ours, capsys):
+    console.note.cache_clear()  # another test of this process may have had it said
     ids, v = np.ones((1, 4), np.int32), make_vector(9)
     ours.forward(ids, steer=v.at([0, 1, 2]))
     ours.forward(ids, steer=Intervention(v, dict.fromkeys(range(4), 0.1)))  # said so by hand
