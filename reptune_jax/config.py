@@ -215,6 +215,7 @@ def _eval() -> ConfigDict:
     c = ConfigDict()
     c.splits = ("test", "ood")  # behavior is measured on these
     c.prompts = 0  # test prompts, 0 = all
+    c.answered = 0  # of those, how many are answered too: log-odds cost less; 0 = all
     c.val_prompts = 0
     c.ood_prompts = 0
     c.claims = 0

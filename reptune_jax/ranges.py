@@ -117,6 +117,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "dial.scales": Range(0, 1e4, above=True),
     "eval.splits": ("val", "test", "ood"),
     "eval.prompts": _COUNT,
+    "eval.answered": _COUNT,
     "eval.val_prompts": _COUNT,
     "eval.ood_prompts": _COUNT,
     "eval.claims": _COUNT,

@@ -80,7 +80,7 @@ class Bench:
     def behavior_rows(self, cond: Condition, split: str) -> list[Row]:
         """Free answers with their judge and contrasts; claims and pressure scenarios."""
         prompts, labels, settings = self.prompts(split), self.labels(cond), self.c.eval
-        rows = self.free_rows(cond, prompts)
+        rows = self.free_rows(cond, prompts[: settings.answered or None])
         rows += scoring.contrast_rows(cond, labels, prompts, settings.batch)
         return rows + claims.rows(settings, cond, labels, self.behavior, split)
 

@@ -220,6 +220,12 @@ def test_a_weak_judge_judges_nothing_and_its_worth_is_kept(made, fit):
     assert found["rubric"] == named.scores and len(found["vader"]) == len(texts)
 
 
+def test_more_prompts_may_be_scored_than_are_answered(made):
+    rows = bench(made, None, eval__answered=1).behavior_rows(Condition(made[1], "base"), "test")
+    of = {m: len([row for row in rows if row.metric == m]) for m in ("logodds", "vader")}
+    assert of == {"logodds": len(made[2].select("test", "free")), "vader": 1}
+
+
 def test_a_study_cannot_be_decided_by_a_weak_judge(made, monkeypatch):
     monkeypatch.setattr(probe, "train", lambda *_: lambda texts: [0.0] * len(texts))
     assert not asked(made, eval__judge="probe").fit
