@@ -93,7 +93,7 @@ def run(
             if _arm(one) not in attack.arms:
                 continue
             paths.append(path)
-            asked = _digest(c, study, attack)
+            asked = _digest(c, study, attack, one.scale)
             if _there(path) == {asked}:
                 say(f"{path}: already there")
                 continue
@@ -131,7 +131,7 @@ def _target(study: Study, one: Planned, lab: Lab) -> Target:
     return Target(lab, cond, own)
 
 
-def _digest(c: ConfigDict, study: Study, attack: Attack) -> str:
+def _digest(c: ConfigDict, study: Study, attack: Attack, scale: float) -> str:
     """Identifies what an attack's result depends on, besides the study itself."""
     keys = ("new_tokens", "templates", "judge")
     about = {
@@ -141,7 +141,7 @@ def _digest(c: ConfigDict, study: Study, attack: Attack) -> str:
         "behavior": behaviors.load(c.behavior).digest,
         "vector": SteeringVector.load(study.vector).digest,
     }
-    return digest(about)
+    return digest(about | ({"scale": scale} if scale else {}))
 
 
 def _there(path: Path) -> set[str]:

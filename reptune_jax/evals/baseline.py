@@ -2,7 +2,7 @@
 
     python -m reptune_jax.evals.baseline --config=sentiment --workdir=runs/sentiment
 
-Writes `results/baseline.parquet`; skips it where it is there.
+Writes `results/baseline.parquet`; skips it where it is there, with all that is asked for.
 """
 
 from pathlib import Path
@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from reptune_jax import distributed, program
+from reptune_jax import program
 from reptune_jax.console import say
 from reptune_jax.data.contrast import has_personas
 from reptune_jax.evals import arms
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench, prepare
-from reptune_jax.evals.results import write_parquet
+from reptune_jax.evals.results import to_make, write_parquet
 from reptune_jax.folder import Study
 
 
@@ -24,18 +24,19 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     """Measures `base`, and `prompt` in both signs."""
     study = Study(workdir)
     with study.writing():
-        if distributed.exists(study.baseline):
-            say(f"{study.baseline}: already there")
+        signs = list(c.study.signs) if "prompt" in c.study.arms else []
+        made_for = to_make(study.baseline, {"prompt": signs})
+        if made_for is None:
             return study.baseline
         bench = bench or prepare(c, study)
         untuned = Condition(bench.base, "base")
         rows = bench.rows(untuned) + bench.judge_rows(untuned)
-        if "prompt" in c.study.arms and not has_personas(bench.behavior.items):
+        if made_for["prompt"] and not has_personas(bench.behavior.items):
             say(f"prompt: left out, {bench.behavior.name} has no personas")
-        elif "prompt" in c.study.arms:
-            for sign in c.study.signs:
+        else:
+            for sign in made_for["prompt"]:
                 rows += bench.rows(best_prompt(bench, sign))
-        write_parquet(study.baseline, rows)
+        write_parquet(study.baseline, rows, made_for)
     say(f"baseline: {len(rows)} rows -> {study.baseline}")
     return study.baseline
 

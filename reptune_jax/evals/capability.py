@@ -41,6 +41,7 @@ class Planned(NamedTuple):
 
     name: str
     make: Callable[[Model], Condition]
+    scale: float = 0.0  # of weights that are scaled; another one is another condition
 
 
 def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
@@ -86,6 +87,7 @@ def measure(
 ) -> None:
     """Writes a condition's rows; those of a test's very items that are there are kept."""
     before = _there(path)
+    before = before[before.k == planned.scale] if planned.scale else before
     items = pd.Series([q.id for q in asked]).groupby([q.test for q in asked]).agg(set)
     had = before.groupby("template").item_id.agg(set)
     known = {test for test in had.index if test not in items or had[test] == items[test]}
@@ -177,7 +179,7 @@ def _contrasted(arm: str, c: ConfigDict, study: Study) -> list[Planned]:
         sign, seed, scale = int(at[0]), int(at[1]), float(at[2])
         toward, away = (study.run(RunName(CONTRASTS[arm], s, seed)).path for s in (sign, -sign))
         make = partial(arms.contrasted, arm, toward=toward, away=away, scale=scale)
-        found.append(Planned(str(RunName(arm, sign, seed)), make))
+        found.append(Planned(str(RunName(arm, sign, seed)), make, scale))
     return found
 
 

@@ -6,7 +6,8 @@ base + k (tuned - base) for the arms of `dial.arms`; for the arms `weights` and 
 (token, or dual, of the sign - that of the other sign), contrastive weight steering (arXiv
 2511.05408), whenever they are in `study.arms`. The first seed's
 runs are swept over `dial.scales` on the validation split; every seed is tested at the scale that
-costs what the tuned `dual` runs cost. Writes `results/dial_<arm>.parquet`; skips what is there.
+costs what the tuned `dual` runs cost. Writes `results/dial_<arm>.parquet`; skips what is there, for
+as long as the study has no more runs.
 """
 
 import functools
@@ -20,7 +21,7 @@ from reptune_jax.console import say
 from reptune_jax.evals import arms
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench, prepare
-from reptune_jax.evals.results import Row, write_parquet
+from reptune_jax.evals.results import Row, to_make, write_parquet
 from reptune_jax.evals.sweep import dual_kl, spends, sweep, tested
 from reptune_jax.folder import RunName, Study
 
@@ -33,11 +34,15 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> list[Path]:
     for arm in dialled(c):
         path = study.dial(arm)
         with study.writing():
-            if distributed.exists(path):
-                say(f"{path}: already there")
+            kls = {f"{sign:+d}": dual_kl(study, sign) for sign in (1, -1)}
+            asked = {"signs": list(c.study.signs), "seeds": list(c.study.seeds), "dual's KL": kls}
+            made_for = to_make(path, asked)
+            if made_for is None:
                 continue
-            rows = [row for sign in c.study.signs for row in measure(make(), study, arm, sign)]
-            write_parquet(path, rows)
+            rows: list[Row] = []
+            for sign in made_for["signs"]:
+                rows += measure(make(), study, arm, sign, made_for["seeds"])
+            write_parquet(path, rows, made_for)
         say(f"dial: {len(rows)} rows -> {path}")
     return [study.dial(arm) for arm in dialled(c)]
 
@@ -70,9 +75,9 @@ def check(c: ConfigDict, study: Study) -> None:
                     )
 
 
-def measure(bench: Bench, study: Study, arm: str, sign: int) -> list[Row]:
+def measure(bench: Bench, study: Study, arm: str, sign: int, seeds: list[int]) -> list[Row]:
     """An arm's sweep on validation, and every seed at the chosen scale on test."""
-    at, seeds = functools.partial(_condition, bench, study, arm, sign), bench.c.study.seeds
+    at = functools.partial(_condition, bench, study, arm, sign)
     cells, rows = sweep(bench, (at(seeds[0], scale) for scale in bench.c.dial.scales))
     budget = dual_kl(study, sign)
     if budget is None:

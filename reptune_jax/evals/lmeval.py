@@ -126,7 +126,8 @@ def _conditions(given: str, arms: tuple[str, ...]) -> dict[str, Callable[[], Con
         c.suites.arms = arms
     base = cache(lambda: capability.base_of(c, study, None))
     planned = list(capability.conditions(c, study, c.suites.arms))
-    return {one.name: partial(_made, one, base) for one in planned}
+    named = {one.name + (f"_k{one.scale:g}" if one.scale else ""): one for one in planned}
+    return {name: partial(_made, one, base) for name, one in named.items()}
 
 
 def _made(planned: capability.Planned, base: Callable[[], Model]) -> Condition:

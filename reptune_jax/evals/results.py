@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reptune_jax import config, distributed, ending
+from reptune_jax.console import say
 from reptune_jax.data.schema import Item
 from reptune_jax.evals.measures import METRICS
 from reptune_jax.folder import Study
@@ -78,6 +80,8 @@ _IDENTITY = (
     "behavior", "arm", "sign", "seed", "k", "layer", "position", "split", "item_id", "template",
     "format", "order", "metric", "label",
 )  # fmt: skip
+_MADE_FOR = b"reptune_jax.made_for"
+_MAKE_ANEW = "Delete it: the program that wrote it makes it anew."
 _PROMPT = ["split", "item_id", "metric", "template", "format", "order"]
 
 
@@ -93,14 +97,50 @@ def rows_to_table(rows: Iterable[Row]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def write_parquet(path: str | Path, rows: Iterable[Row]) -> None:
-    """Writes the rows to `path` at once: a reader sees the old file or the whole new one."""
-    distributed.once(lambda: _write(Path(path), rows))
+def write_parquet(
+    path: str | Path, rows: Iterable[Row], made_for: dict[str, Any] | None = None
+) -> None:
+    """Writes the rows to `path` at once: a reader sees the old file or the whole new one.
+
+    `made_for` is what `to_make` said.
+    """
+    distributed.once(lambda: _write(Path(path), rows, made_for))
 
 
-def _write(path: Path, rows: Iterable[Row]) -> None:
+def _write(path: Path, rows: Iterable[Row], made_for: dict[str, Any] | None) -> None:
+    table = rows_to_table(rows)
+    if made_for is not None:
+        table = table.replace_schema_metadata({_MADE_FOR: json.dumps(made_for)})
     with ending.whole(path) as scratch:
-        pq.write_table(rows_to_table(rows), scratch, compression="zstd")
+        pq.write_table(table, scratch, compression="zstd")
+
+
+def to_make(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file is to be made for; None where it has all of it, which is said.
+
+    A study grows: more seeds, signs, arms, and with its runs the KL that others are compared at.
+    Lists in `asked` are such; a file that has more of them serves, and one that has less is made
+    again with what it had and what is asked. Any other value has to be the same.
+    """
+    had: dict[str, Any] = {}
+    if there := distributed.exists(path):
+        with reading(path, _MAKE_ANEW):
+            noted = (pq.read_schema(path).metadata or {}).get(_MADE_FOR)
+        if noted is None:
+            say(f"{path}: already there; it does not say of which runs it was made")
+            return None
+        had = json.loads(noted)
+    whole = {
+        key: sorted({*value, *had.get(key, ())}) if isinstance(value, list) else value
+        for key, value in asked.items()
+    }
+    changed = [key for key, value in whole.items() if had.get(key) != value]
+    if there and changed:
+        news = "; ".join(f"{key} were {had.get(key)}, are {whole[key]}" for key in changed)
+        say(f"{path}: {news}: measured again")
+    elif there:
+        say(f"{path}: already there")
+    return None if there and not changed else whole
 
 
 def read_study(folder: str | Path) -> pd.DataFrame:
@@ -128,7 +168,7 @@ def read(path: Path) -> pd.DataFrame:
     Raises:
       ValueError: it is damaged, or has another schema.
     """
-    with reading(path, "Delete it: the program that wrote it makes it anew."):
+    with reading(path, _MAKE_ANEW):
         table = pq.read_table(path)
     schema = table.schema
     found = {field.name: str(field.type) for field in schema}

@@ -4,7 +4,7 @@
 
 Two doses are chosen for each sign: the best one whose KL to the base on neutral prose stays under
 `steer.max_kl`, and, where tuned `dual` runs are there, the best one at the KL that they cost.
-Writes `results/steering.parquet`; skips it where it is there.
+Writes `results/steering.parquet`; skips it where it is there, for as long as the KL is the same.
 """
 
 import itertools
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import distributed, program
+from reptune_jax import program
 from reptune_jax.console import say
 from reptune_jax.evals import arms
 from reptune_jax.evals.bench import Bench, prepare
-from reptune_jax.evals.results import Row, write_parquet
+from reptune_jax.evals.results import Row, to_make, write_parquet
 from reptune_jax.evals.sweep import choose, dual_kl, sweep, tested
 from reptune_jax.folder import Study
 
@@ -26,20 +26,23 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     study = Study(workdir)
     path = study.steering
     with study.writing():
-        if distributed.exists(path):
-            say(f"{path}: already there")
+        kls = {f"{sign:+d}": dual_kl(study, sign) for sign in (1, -1)}
+        signs = list(c.study.signs)
+        baked = signs if "bake" in c.study.arms else []
+        made_for = to_make(path, {"steer": signs, "bake": baked, "dual's KL": kls})
+        if made_for is None:
             return path
-        rows = measure(bench or prepare(c, study), study)
-        write_parquet(path, rows)
+        rows = measure(bench or prepare(c, study), study, made_for["steer"], made_for["bake"])
+        write_parquet(path, rows, made_for)
     say(f"steering: {len(rows)} rows -> {path}")
     return path
 
 
-def measure(bench: Bench, study: Study) -> list[Row]:
-    """The sweep's rows on validation and those of what it chose on test."""
+def measure(bench: Bench, study: Study, signs: list[int], baked: list[int]) -> list[Row]:
+    """The sweep's rows on validation and those of what it chose on test, of some signs baked."""
     c = bench.c
     rows: list[Row] = []
-    for sign in c.study.signs:
+    for sign in signs:
         at = itertools.product(c.steer.layers, c.steer.doses)
         cells, found = sweep(
             bench, (arms.steered(bench.base, bench.vector, *one, sign, c.steer) for one in at)
@@ -60,7 +63,7 @@ def measure(bench: Bench, study: Study) -> list[Row]:
                 chosen[layer, dose] = arms.steered(*at_best, c.steer)
         for cond in chosen.values():
             rows = tested(bench, rows, cond)
-            if "bake" in c.study.arms:
+            if sign in baked:
                 rows += bench.rows(arms.baked(cond))
     return rows
 

@@ -118,6 +118,16 @@ def test_what_is_there_is_not_measured_again(there, tmp_path, monkeypatch, capsy
     assert seen[2:] == [["arc_easy", "piqa"]]
     assert results.read(path).groupby("template").item_id.nunique().tolist() == [1, 1]
 
+    def half(base):
+        return arms.Condition(base, "weights", sign=1, k=0.5)
+
+    for scale, again in ((0.5, 1), (0.5, 0), (0.75, 1)):  # weights at another scale are others
+        seen.clear()
+        planned = capability.Planned("weights+_s0", half, scale)
+        monkeypatch.setattr(capability, "conditions", lambda *given, one=planned: [one])
+        capability.run(c, tmp_path, model)
+        assert len(seen) == again
+
 
 def test_a_broken_model_is_inferior_and_no_suites_are_an_error(there, tmp_path):
     """Of questions whose right choice is what the tiny model says, the broken one gets few."""
