@@ -14,6 +14,8 @@ setup_env() {
     "$python" -m venv .venv || return 1
   fi
   export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+  # Images of containers often set it: every start would compile all that it imports, for seconds.
+  unset PYTHONDONTWRITEBYTECODE
 
   stamp=".venv/.installed-${extra:-base}"
   # sha256sum is not on every system; Python is.
@@ -23,7 +25,7 @@ setup_env() {
     return 0
   fi
   echo "setup: installing reptune_jax${extra:+[$extra]} into .venv"
-  # Most of what is installed is never imported, and need not be compiled.
+  # Most of what is installed is never imported; what is, Python compiles then, once.
   python -m pip install --quiet --disable-pip-version-check --no-compile -e ".${extra:+[$extra]}" || return 1
   echo "$hash" >"$stamp"
 }

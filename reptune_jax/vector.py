@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 from absl import flags
-from matplotlib.figure import Figure
 
 from reptune_jax import command_line, ending, lm, program
 from reptune_jax.console import say
@@ -160,6 +158,9 @@ def plot(paths: Sequence[Path], to: Path) -> None:
 
     Cosines are with the first file at the same layer; of one file, with its next layer.
     """
+    import matplotlib as mpl  # a second, and only this one draws
+    from matplotlib.figure import Figure
+
     _check_new(to)
     if to.suffix != ".png":
         raise ValueError(f"{to}: got the ending {to.suffix!r}, expected .png.")

@@ -1,5 +1,6 @@
 """The shell scripts: shellcheck, and what --dry-run says they would do."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -40,6 +41,22 @@ def test_shellcheck_finds_nothing():
 def test_every_script_parses_and_the_readme_knows_it(script):
     assert bash("-n", script).returncode == 0
     assert Path(script).name in (ROOT / Path(script).parent / "README.md").read_text()
+
+
+def test_what_is_imported_is_compiled_once_whatever_the_image_says(tmp_path):
+    """Else every start of every program compiles it anew: seconds."""
+    pip, installed = tmp_path / ".venv/bin/pip", (ROOT / "pyproject.toml").read_bytes()
+    pip.parent.mkdir(parents=True)
+    pip.write_text("#!/bin/sh\nexit 1\n")
+    pip.chmod(0o755)
+    pip.with_name("python").symlink_to(sys.executable)
+    (tmp_path / "pyproject.toml").write_bytes(installed)
+    stamp = tmp_path / ".venv/.installed-base"
+    stamp.write_text(hashlib.sha256(installed).hexdigest())
+    script = shutil.copytree(ROOT / "launch", tmp_path / "launch") / "setup.sh"
+    command = f"source {script}; setup_env && python -c 'import sys; print(sys.flags)'"
+    done = bash("-c", command, PYTHONDONTWRITEBYTECODE="1")
+    assert "dont_write_bytecode=0" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_tpu_is_created_set_up_used_and_deleted():

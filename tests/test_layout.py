@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -199,6 +201,17 @@ def test_a_studys_files_are_named_in_one_place(path):
 def test_no_torch_in_the_package(path):
     names = [n for _, n in imports_of(path) if n.split(".")[0] in ("torch", "accelerate")]
     assert not names, f"{relative(path)} imports {names}: torch is for tests and benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("module", "also"), [("train", ("pandas", "scipy.stats")), ("convert", ()), ("evals.tuned", ())]
+)
+def test_a_program_does_not_wait_for_what_it_may_not_need(module, also):
+    """Each of these takes a second or more to import, at every start."""
+    slow = ("matplotlib", "sklearn", "datasets", "transformers", "tensorflow", *also)
+    code = f"import sys, reptune_jax.{module}; print(*[m for m in {slow} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

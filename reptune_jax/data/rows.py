@@ -13,9 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
-import pyarrow.parquet as pq
-
 from reptune_jax.data import schema
 from reptune_jax.reading import reading
 
@@ -93,7 +90,11 @@ def read(at: Place) -> Any:
         return _first(at, found) if isinstance(found, list) else found
     with reading(path):
         if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
             return _first(at, pq.read_table(path).to_pylist())
+        import pandas as pd  # a second, at every start of every program
+
         how = {"sep": "\t" if path.suffix == ".tsv" else ",", "nrows": at.limit or None}
         table = pd.read_csv(path, dtype=str, keep_default_na=False, **how)  # "None" is a text
         return table.to_dict("records")

@@ -8,9 +8,6 @@ no result comes from.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from reptune_jax import mesh as meshes
 from reptune_jax.data.schema import Item
@@ -30,6 +27,10 @@ def train(
     Raises:
       ValueError: labels of one kind only.
     """
+    from sklearn.linear_model import LogisticRegression  # seconds, and only this judge needs it
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if len(set(labels)) < 2:
         raise ValueError(
             f"eval.judge: got {len(labels)} labelled answers of splits train and tune, expected "

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 Array = NDArray[Any]
 
@@ -44,14 +44,17 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     n_pos, n_neg = int(labels_I.sum()), int((~labels_I).sum())
     if n_pos == 0 or n_neg == 0:
         return math.nan
-    ranks_I = scipy.stats.rankdata(scores_I)
+    if np.isnan(scores_I).any():
+        return math.nan
+    _, place_I, ties = np.unique(scores_I, return_inverse=True, return_counts=True)
+    ranks_I = (np.cumsum(ties) - (ties - 1) / 2)[place_I]
     return float((ranks_I[labels_I].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 
 def dprime_c(hits: Array, n_pos: Array, fas: Array, n_neg: Array) -> tuple[Array, Array]:
     """Sensitivity d' = z(H) - z(FA) and criterion c = -(z(H) + z(FA))/2, rates (k + .5)/(n + 1)."""
-    z_hit = scipy.stats.norm.ppf((hits + 0.5) / (n_pos + 1))
-    z_fa = scipy.stats.norm.ppf((fas + 0.5) / (n_neg + 1))
+    z_hit = special.ndtri((hits + 0.5) / (n_pos + 1))
+    z_fa = special.ndtri((fas + 0.5) / (n_neg + 1))
     return z_hit - z_fa, -(z_hit + z_fa) / 2
 
 
@@ -155,7 +158,7 @@ def chance_cosine(width: int, level: float = 0.999, tries: int = 1) -> float:
     cos^2 of a random direction is Beta(1/2, (width - 1)/2); `level` is the probability.
     """
     each = level ** (1 / tries)
-    return float(np.sqrt(scipy.stats.beta.ppf(each, 0.5, (width - 1) / 2)))
+    return float(np.sqrt(special.betaincinv(0.5, (width - 1) / 2, each)))
 
 
 def bootstrap_auroc(

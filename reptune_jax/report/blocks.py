@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from reptune_jax.evals.stats import Interval
+
+if TYPE_CHECKING:  # importing matplotlib takes a second, and `convert` draws nothing
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Plot:
     name: str  # of its PNG
     title: str
     caption: str
-    draw: Callable[[], Figure | None]  # None: its data are missing
+    draw: Callable[[], "Figure | None"]  # None: its data are missing
     note: str = ""  # said then
 
 

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from reptune_jax.evals.measures import Measure
 from reptune_jax.report import study as studies
 from reptune_jax.report.study import BASE, SIGNS, Setting, Study
-from reptune_jax.report.style import COLORS, MARKERS
+from reptune_jax.report.style import COLORS, DASHES, MARKERS
 
 _RANK = {arm: rank for rank, arm in enumerate(COLORS)}
-DASHES = {1: "-", -1: (0, (4, 2)), 0: "-"}
 _KL_TICKS = (
     0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3,
     5, 10,

@@ -2,9 +2,7 @@
 
 import functools
 import math
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from reptune_jax import config as configs
 from reptune_jax.evals.attacks import verdicts, words
@@ -12,9 +10,11 @@ from reptune_jax.evals.attacks.verdicts import Attacks, Found, Removed
 from reptune_jax.evals.attacks.words import Said
 from reptune_jax.report import captions
 from reptune_jax.report.blocks import Block, Plot, Table, interval, number, percent
-from reptune_jax.report.plots import DASHES
 from reptune_jax.report.study import Setting, Study
-from reptune_jax.report.style import COLORS, MARKERS
+from reptune_jax.report.style import COLORS, DASHES, MARKERS
+
+if TYPE_CHECKING:  # importing matplotlib takes a second, and `convert` draws nothing
+    from matplotlib.figure import Figure
 
 _CI = "[95 % CI]"
 
@@ -87,7 +87,9 @@ def _plot(attacks: Attacks) -> Plot | None:
     return Plot("attack_texts", title, captions.TEXTS, draw) if found else None
 
 
-def _curves(found: list[Found]) -> Figure:
+def _curves(found: list[Found]) -> "Figure":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.4, 2.9), layout="constrained")
     ax = figure.subplots()
     for f in found:

@@ -5,8 +5,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
 from reptune_jax import ending
 from reptune_jax.report.blocks import Plot
 
@@ -22,6 +20,7 @@ MARKERS = {
     "random": "X", "weights": "p", "contrast": "d", "preventative": "<", "match": ">",
     "displace": "*", "misplace": "x", "out": "h",
 }  # fmt: skip
+DASHES: Any = {1: "-", -1: (0, (4, 2)), 0: "-"}  # by sign
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9,
     "axes.titleweight": "normal", "axes.titlelocation": "left", "axes.labelsize": 8.5,
@@ -37,6 +36,8 @@ STYLE: Any = {
 
 def draw(plot: Plot, png: Path | None) -> str:
     """The plot as an SVG data URI, and as a PNG file; "" when its data are missing."""
+    import matplotlib as mpl  # a second, which programs that only say things do not wait for
+
     with mpl.rc_context(STYLE):
         figure = plot.draw()
         if figure is None:

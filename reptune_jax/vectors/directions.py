@@ -6,7 +6,6 @@
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -33,6 +32,8 @@ def first_component(positive_PxD: Array, negative_PxD: Array) -> Array:
 
 
 def _top(square_KxK: Array) -> Array:
+    import scipy.linalg  # as below: not every program waits for it
+
     last = len(square_KxK) - 1
     return scipy.linalg.eigh(square_KxK, subset_by_index=[last, last])[1][:, 0]
 
@@ -99,6 +100,8 @@ def _solve(diagonal_D: Array, rows_nxD: Array, target_D: Array) -> Array:
     if not diagonal_D.all():  # rows without any spread
         return target_D
     scaled_nxD = rows_nxD / diagonal_D
+    import scipy.linalg
+
     inner_nxn = np.eye(len(rows_nxD)) + scaled_nxD @ rows_nxD.T
     along_n = scipy.linalg.solve(inner_nxn, scaled_nxD @ target_D, assume_a="pos")
     return target_D / diagonal_D - scaled_nxD.T @ along_n

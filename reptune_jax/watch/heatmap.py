@@ -3,13 +3,14 @@
 import io
 
 import numpy as np
-from matplotlib.figure import Figure
 
 _LIMITS = (0.1, 0.2, 0.5, 1.0)  # few, so that most evaluations of a run share one scale
 
 
 def draw(cosine_NxP: np.ndarray, title: str) -> bytes:
     """A PNG, layers upwards, places to the right, red toward the vector and blue away from it."""
+    from matplotlib.figure import Figure  # a second, and a start of `train` need not wait for it
+
     highest = float(np.abs(cosine_NxP).max(initial=0.0))
     limit = next((x for x in _LIMITS if highest <= x), 1.0)
     figure = Figure(figsize=(7.0, 4.0), dpi=100, layout="constrained")
