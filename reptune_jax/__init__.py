@@ -13,12 +13,14 @@ from reptune_jax.vectors.bake import bake
 from reptune_jax.vectors.intervention import Intervention, When
 from reptune_jax.vectors.pairs import extract, load_pairs
 from reptune_jax.vectors.steering_vector import SteeringVector
+from reptune_jax.vectors.sweep import Sweep, sweep
 
 __version__ = version()
 __all__ = [
     "Intervention",
     "Model",
     "SteeringVector",
+    "Sweep",
     "When",
     "__version__",
     "bake",
@@ -27,6 +29,7 @@ __all__ = [
     "load_adapter",
     "load_pairs",
     "save_hf",
+    "sweep",
 ]
 
 

@@ -27,6 +27,7 @@ PROGRAMS = {
     "relearn": "reptune_jax.relearn",
     "recipe": "reptune_jax.recipe",
     "select": "reptune_jax.select",
+    "sweep": "reptune_jax.sweep",
     "convert": "reptune_jax.convert",
     "vector": "reptune_jax.vector",
     "report": "reptune_jax.report",

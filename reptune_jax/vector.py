@@ -192,7 +192,7 @@ def tokens(path: Path, model: str, layers: str = "", top: int = 8) -> str:
     Raises:
       ValueError: no model, one of another shape, or one without a tokenizer.
     """
-    loaded, vector = _with_model(path, model, layers)
+    loaded, vector = with_model(path, model, layers)
     found = lens.top_tokens(loaded, vector, top)
     about = "v and -v through the final norm and the unembedding, largest logits first"
     lines = [f"{path} on {model}: {about}", ""]
@@ -213,7 +213,7 @@ def read(path: Path, to: Path, model: str, text: str, layers: str = "") -> None:
         raise ValueError(f"{to}: got the ending {to.suffix!r}, expected .html or .png.")
     if not text:
         raise ValueError('text: got none, expected some. Example: --text="I love gardens."')
-    loaded, vector = _with_model(path, model, layers)
+    loaded, vector = with_model(path, model, layers)
     (ids,) = inputs.token_rows([loaded.encode_prompt(text, chat=False)], loaded.arch.V)
     value_NxT = lens.project(loaded, vector, ids)
     pieces = [loaded.tokenizer.decode([i]) for i in ids]
@@ -229,7 +229,7 @@ def read(path: Path, to: Path, model: str, text: str, layers: str = "") -> None:
 # ---------------------------------------------------------------- parts
 
 
-def _with_model(path: Path, name: str, layers: str) -> tuple[Model, SteeringVector]:
+def with_model(path: Path, name: str, layers: str) -> tuple[Model, SteeringVector]:
     """A model, and a vector of its shape at some layers."""
     if not name:
         raise ValueError("model: got none, expected a folder, hub id or .gguf file: --model=NAME.")

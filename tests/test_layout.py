@@ -43,7 +43,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("cards",),
     ("train", "extract", "convert", "vector", "chat"),
-    ("recipe", "relearn", "select"),
+    ("recipe", "relearn", "select", "sweep"),
     ("study",),
     ("__init__", "__main__", "cli"),
 )

@@ -25,6 +25,7 @@ class Prefix:
 
     tokens_1xP: Any
     steer: Steers | None
+    mask_1xP: Any = None  # padding on the left; None: all are real
 
 
 def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:
@@ -49,7 +50,9 @@ def apply_after(
     if prefix is None:
         return decoder.apply(variables, tokens_BxT, mask_BxT, **asked)
     B, P = len(tokens_BxT), prefix.tokens_1xP.shape[1]
-    mask_BxS = jnp.concatenate([jnp.ones((B, P), mask_BxT.dtype), mask_BxT], axis=1)
+    real_1xP = jnp.ones((1, P)) if prefix.mask_1xP is None else prefix.mask_1xP
+    real_BxP = jnp.broadcast_to(jnp.asarray(real_1xP, mask_BxT.dtype), (B, P))
+    mask_BxS = jnp.concatenate([real_BxP, mask_BxT], axis=1)
     cache = _spread(decoder, variables, prefix, mask_BxS)
     return decoder.apply(variables, tokens_BxT, mask_BxS, cache=cache, slot=P, **asked)
 
@@ -58,12 +61,12 @@ def _spread(
     decoder: Decoder, variables: dict[str, Any], prefix: Prefix, mask_BxS: jax.Array
 ) -> Cache:
     """A cache of B rows that holds the prefix, computed for one of them."""
-    B, S = mask_BxS.shape
+    (B, S), P = mask_BxS.shape, prefix.tokens_1xP.shape[1]
     empty = init_cache(decoder.arch, decoder.segments, 1, S, decoder.dtype)
     _, cache = decoder.apply(
         variables,
         prefix.tokens_1xP,
-        jnp.ones((1, S), mask_BxS.dtype),
+        jnp.ones((1, S), mask_BxS.dtype).at[:, :P].set(mask_BxS[:1, :P]),
         steer=prefix.steer,
         cache=empty,
         slot=0,

@@ -111,35 +111,38 @@ class Intervention:
         self.vector.check_shape(arch.N, arch.D)
         if not isinstance(self.dose, Mapping) and self.operation in ("add", "rescale"):
             self.vector.note_everywhere()
-        (B, _), (first, stop) = rows.shape, span(self.tokens)
+        dose_NxB = np.zeros((arch.N, rows.shape[0]), np.float32)
+        on_NxB = np.zeros_like(dose_NxB)
+        dose_NxB[list(self.doses)], on_NxB[list(self.doses)] = (
+            np.array([*self.doses.values()], np.float32)[:, None],
+            1,
+        )
+        return (self.by_rows(arch, rows, dose_NxB, on_NxB),)
+
+    def by_rows(self, arch: Arch, rows: Rows, dose_NxB: np.ndarray, on_NxB: np.ndarray) -> Steer:
+        """With a dose of its own for each row at each layer, where it is on (1); else nothing."""
+        first, stop = span(self.tokens)
         token_BxT = (rows.place_BxT >= first) & (rows.place_BxT < stop)
         if self.when is not None:
             self.when.vector.check_shape(arch.N, arch.D)
             token_BxT = token_BxT & self.when.rows(rows)[:, None]
-        dose_N, on_N = np.zeros(arch.N, np.float32), np.zeros(arch.N, np.float32)
-        dose_N[list(self.doses)], on_N[list(self.doses)] = list(self.doses.values()), 1
-        none_N = 0 * on_N
-        add_N, ablate_N, turn_N, keep_N = {
-            "add": (dose_N, none_N, none_N, none_N),
-            "ablate": (none_N, dose_N, none_N, none_N),
-            "clamp": (dose_N, on_N, none_N, none_N),
-            "rescale": (dose_N, none_N, none_N, on_N),
-            "rotate": (none_N, none_N, np.deg2rad(dose_N), none_N),
+        none_NxB = np.zeros_like(on_NxB)
+        add, ablate, turn, keep = {
+            "add": (dose_NxB, none_NxB, none_NxB, none_NxB),
+            "ablate": (none_NxB, dose_NxB, none_NxB, none_NxB),
+            "clamp": (dose_NxB, on_NxB, none_NxB, none_NxB),
+            "rescale": (dose_NxB, none_NxB, none_NxB, on_NxB),
+            "rotate": (none_NxB, none_NxB, np.deg2rad(dose_NxB), none_NxB),
         }[self.operation]
-
-        def each(value_N: np.ndarray) -> Any:
-            return jnp.broadcast_to(jnp.asarray(value_N)[:, None], (arch.N, B))
-
         keeps_length = self.operation in ("rescale", "rotate")
-        steer = Steer(
+        return Steer(
             jnp.asarray(self.vector.dose_NxD),
-            each(add_N),
-            each(ablate_N),
+            jnp.asarray(add),
+            jnp.asarray(ablate),
             jnp.asarray(token_BxT, jnp.float32),
-            each(turn_N) if keeps_length else None,
-            each(keep_N) if keeps_length else None,
+            jnp.asarray(turn) if keeps_length else None,
+            jnp.asarray(keep) if keeps_length else None,
         )
-        return (steer,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

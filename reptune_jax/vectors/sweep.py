@@ -1,0 +1,178 @@
+"""Layers x doses x prompts at once: how far a vector moves an answer, and for whom the wrong way.
+
+Every row of a batch has its own layer and dose, so all of them are one compiled program; and where
+the prompt is left alone, it is read once for all of a prompt's cells. After Tan et al. (2024,
+arXiv 2407.12404), who found that up to half of the prompts of a data set move the wrong way.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from reptune_jax import mesh as meshes
+from reptune_jax.lm import Model
+from reptune_jax.model import inputs, score
+from reptune_jax.model.intervene import rows as rows_of
+from reptune_jax.model.intervene import span
+from reptune_jax.model.padding import pad
+from reptune_jax.model.prefix import Prefix
+from reptune_jax.vectors.intervention import Intervention
+from reptune_jax.vectors.steering_vector import SteeringVector
+
+DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+_BUCKET = 32  # of prompts' lengths, so that few shapes are compiled
+Prompt = str | list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sweep:
+    """What was measured, at each of `layers` (L), `doses` (K) and prompts (I)."""
+
+    layers: tuple[int, ...]
+    doses: tuple[float, ...]
+    logp_LxKxIx2: np.ndarray  # log p(positive answer | prompt), and of the negative one
+
+    @property
+    def logodds_LxKxI(self) -> np.ndarray:
+        """log p(positive) - log p(negative), nats."""
+        return self.logp_LxKxIx2[..., 0] - self.logp_LxKxIx2[..., 1]
+
+    @property
+    def coverage_LxK(self) -> np.ndarray:
+        """Mean p(positive) + p(negative), of letters: below a half, it says something else."""
+        return np.exp(self.logp_LxKxIx2).sum(-1).mean(-1)
+
+    @property
+    def slope_LxI(self) -> np.ndarray:
+        """Least squares slope of the log-odds over doses: nats for a dose of 1."""
+        doses_K = np.array(self.doses) - np.mean(self.doses)
+        return np.einsum("k,lki->li", doses_K, self.logodds_LxKxI) / np.square(doses_K).sum()
+
+    @property
+    def wrong_L(self) -> np.ndarray:
+        """Share of prompts that the vector moves the other way (anti-steerable)."""
+        return (self.slope_LxI < 0).mean(1)
+
+
+def sweep(
+    model: Model,
+    vector: SteeringVector,
+    asked: Sequence[tuple[Prompt, str, str]],
+    doses: Sequence[float] = DOSES,
+    operation: str = "add",
+    tokens: str = "answer",
+    chat: bool = True,
+    batch_size: int = 256,
+) -> Sweep:
+    """Log-probabilities of two answers to each prompt, at every layer of the vector and every dose.
+
+    `asked` are (prompt, positive answer, negative answer); a prompt is text, rendered as one user
+    turn by `chat`, or messages. `operation` and `tokens` are those of `Intervention`; a dose of 0
+    is the model as it is. Rules that spare the prompt ("answer", "generated") cost least: of each
+    cell only what follows the prompt is computed.
+
+    Raises:
+      ValueError: no prompts, doses, or layers; fewer than two doses; no such operation or rule; a
+        vector of another model; or log-probabilities that are not finite.
+    """
+    doses = tuple(float(dose) for dose in doses)
+    if len(set(doses)) < 2 or len(set(doses)) != len(doses) or not vector.layers:
+        raise ValueError(
+            f"doses: got {list(doses)} at layers {list(vector.layers)}, expected two or more, all "
+            "different, and a layer. Example: doses=(-1, 0, 1)"
+        )
+    if not asked:
+        raise ValueError("asked: got none, expected (prompt, positive, negative) for each prompt.")
+    inputs.counts(batch_size=batch_size)
+    done = Intervention(vector, 1.0, operation, tokens)
+    vector.check_shape(model.arch.N, model.arch.D)
+    done.note_model(model)
+    untouched = [(vector.layers[0], 0.0)] if 0.0 in doses else []
+    moved = list(itertools.product(vector.layers, [dose for dose in doses if dose]))
+    cells = untouched + moved
+    logp_CxIx2 = np.zeros((len(cells), len(asked), 2))
+    for i, one in enumerate(tqdm(asked, desc="sweeping", delay=2, leave=False)):
+        prompt, answers = _encode(model, one, chat)
+        logp_CxIx2[:, i] = _cells(model, done, cells, prompt, answers, batch_size)
+    model.check_finite(np.isfinite(logp_CxIx2).all((0, 2)), "scores", vector)
+    shape = len(vector.layers), len(doses), len(asked), 2
+    at = {cell: c for c, cell in enumerate(moved, len(untouched))}
+    logp = [logp_CxIx2[at.get(cell, 0)] for cell in itertools.product(vector.layers, doses)]
+    return Sweep(vector.layers, doses, np.reshape(logp, shape))
+
+
+def _encode(
+    model: Model, one: tuple[Prompt, str, str], chat: bool
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of the prompt, and of its answers."""
+    prompt, *answers = one
+    ids = model.encode_prompt(prompt, chat)
+    own = [model.tokenizer.encode(text, add_special_tokens=False) for text in answers]
+    if not ids or not all(own):
+        raise ValueError(
+            f"asked: got the prompt {str(prompt)[:40]!r} with answers {answers!r}, expected text "
+            "in each of them."
+        )
+    inputs.token_rows([ids + o for o in own], model.arch.V, context=model.context)
+    return ids, own
+
+
+def _cells(
+    model: Model,
+    done: Intervention,
+    cells: Sequence[tuple[int, float]],
+    prompt: list[int],
+    answers: list[list[int]],
+    batch_size: int,
+) -> np.ndarray:
+    """log p(answer | prompt) of each (layer, dose), [C, 2]."""
+    # What predicts is the prompt's last token: before it are those that all cells may share.
+    P = len(prompt) - 1 if span(done.tokens)[0] >= -1 else 0
+    prefix = None
+    if P:
+        tokens, mask = pad([prompt[:P]], model.pad_id, left=True, bucket=_BUCKET)
+        prefix = Prefix(tokens, None, mask)
+    batches = -(-len(cells) // batch_size)
+    size = -(-len(cells) // batches)
+    single = all(len(answer) == 1 for answer in answers)
+    out_CxA = []
+    for first in range(0, len(cells), size):
+        some = cells[first : first + size]
+        dose_NxB, on_NxB = (np.zeros((model.arch.N, size), np.float32) for _ in range(2))
+        for b, (layer, dose) in enumerate(some):
+            dose_NxB[layer, b], on_NxB[layer, b] = dose, dose != 0
+
+        def place(ids: list[int], doses: Any = (dose_NxB, on_NxB)) -> tuple[Any, Any, Any]:
+            """Rows of these ids behind the prefix, where the answer begins, and how they move."""
+            bucket = _BUCKET if not P else 8 if len(ids) > 2 else 1
+            tokens, real = pad([ids], model.pad_id, left=False, rows=size, bucket=bucket)
+            start_B = np.full(size, len(prompt) - P, np.int32)
+            steer = done.by_rows(model.arch, rows_of(real, _no_cosine, start_B), *doses)
+            return (tokens, real), start_B, (steer,)
+
+        if single:
+            rows, _, steers = place(prompt[P:])
+            picked = np.tile([answer[0] for answer in answers], (size, 1)).astype(np.int32)
+            placed = meshes.put_rows((*rows, picked), model.mesh)
+            logp = score.candidates(model.decoder, model.params, prefix, *placed, steers)
+            out_CxA.append(meshes.fetch(logp)[: len(some)])
+            continue
+        each = []
+        for answer in answers:
+            rows, start_B, steers = place(prompt[P:] + answer)
+            placed = meshes.put_rows((*rows, start_B), model.mesh)
+            L = -(-len(answer) // 8) * 8
+            logp_B, _ = score.continuations(
+                model.decoder, model.params, prefix, *placed, steers, L=L
+            )
+            each.append(meshes.fetch(logp_B)[: len(some)])
+        out_CxA.append(np.stack(each, axis=1))
+    return np.concatenate(out_CxA)
+
+
+def _no_cosine(probe: Any) -> Any:
+    raise AssertionError("a sweep has no conditions")
