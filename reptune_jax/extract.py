@@ -6,10 +6,7 @@ Writes `vector.safetensors` and `targets.jsonl` into the work folder; skips what
 """
 
 import functools
-import sys
-import types
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -24,14 +21,7 @@ def run(c: ConfigDict, workdir: Path) -> SteeringVector:
     return extraction.run(c, Study(workdir), functools.cache(lambda: program.load_model(c)))
 
 
-class _Callable(types.ModuleType):
-    """Importing this module puts it where the function `reptune_jax.extract` was: it is both."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return pairs.extract(*args, **kwargs)
-
-
 if __name__ == "__main__":
     program.main(run, __doc__)
 else:
-    sys.modules[__name__].__class__ = _Callable
+    program.is_also(pairs.extract, __name__)

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ def main(run: Callable[..., Any], doc: str | None, of_study: bool = False) -> No
         run(c, Path(str(workdir.value)))
 
     call(lambda: command_line.run(entry, doc, shown, of_study))
+
+
+def is_also(function: Callable[..., Any], module: str) -> None:
+    """Importing a program puts its module where the function of its name was: it becomes both."""
+
+    class Both(types.ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    sys.modules[module].__class__ = Both
 
 
 def call(entry: Callable[[], Any]) -> None:

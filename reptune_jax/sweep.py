@@ -101,3 +101,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+else:
+    program.is_also(sweeps.sweep, __name__)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import app, flags
@@ -74,9 +75,12 @@ def test_an_unknown_run_is_answered_with_those_that_are_there(tmp_path: Path) ->
 def test_the_program_module_does_not_hide_the_function_of_its_name() -> None:
     import reptune_jax as rt
     import reptune_jax.extract
+    import reptune_jax.sweep
 
     with pytest.raises(ValueError, match="method: got 'none'"):
         rt.extract(None, [], method="none")
+    with pytest.raises(ValueError, match="asked: got none"):
+        rt.sweep(None, SimpleNamespace(layers=(1,)), [])
 
 
 # ---------------------------------------------------------------- what people type
@@ -88,7 +92,7 @@ def test_every_program_says_its_version_and_what_it_is(name: str) -> None:
     assert (code, out.strip(), err) == (0, f"reptune_jax {rt.__version__}", "")
     code, out, err = run(name, "--help", "--config=no/such.py")
     assert (code, err) == (0, "") and cli.summary(cli.PROGRAMS[name]) in out
-    own = {"convert": "--from", "lmeval": "--from", "vector": "--layers"}
+    own = {"convert": "--from", "lmeval": "--from", "vector": "--layers", "sweep": "--doses"}
     assert own.get(name, "--config") in out or (name == "report" and "--workdir" in out)
 
 

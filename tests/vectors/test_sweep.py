@@ -103,9 +103,8 @@ def test_what_cannot_be_swept_is_named(model, vector, change, message):
         rt.sweep(model, vector, **{"asked": ASKED} | change)
 
 
-def test_the_program_prints_a_line_a_layer_and_draws(model, vector, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rt, "sweep", rt.sweep)  # which the module of that name would replace
-    program = importlib.import_module("reptune_jax.sweep")
+def test_the_program_prints_a_line_a_layer_and_draws(model, vector, tmp_path, capsys):
+    program = importlib.import_module("reptune_jax.sweep")  # rt.sweep is the function
     vector.save(tmp_path / "v.safetensors")
     given = tmp_path / "v.safetensors", model.name, str(tiny_behavior.write(tmp_path))
     to = tmp_path / "out.png"
