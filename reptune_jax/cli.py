@@ -22,6 +22,7 @@ PROGRAMS = {
     "tuned": "reptune_jax.evals.tuned",
     "dial": "reptune_jax.evals.dial",
     "capability": "reptune_jax.evals.capability",
+    "specificity": "reptune_jax.evals.specificity",
     "lmeval": "reptune_jax.evals.lmeval",
     "attack": "reptune_jax.evals.attack",
     "relearn": "reptune_jax.relearn",

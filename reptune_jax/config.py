@@ -89,6 +89,7 @@ def default() -> ConfigDict:
     c.dial.scales = (0.5, 1.0, 2.0)  # k, swept on the validation split
     c.eval = _eval()
     c.suites = _suites()
+    c.specificity = _specificity()
     c.attack = _attack()
     c.study = _study()
     c.search = _search()
@@ -240,6 +241,15 @@ def _suites() -> ConfigDict:
     c.limit = 0  # items of each suite at most, drawn with a fixed seed; 0 = all
     c.arms = ("base", "prompt", "steer", "weights", "token", "dual", "random")
     c.margin = 0.03  # loss of accuracy that still counts as none
+    return c
+
+
+def _specificity() -> ConfigDict:
+    """What `python -m reptune_jax.evals.specificity` asks, and of which arms."""
+    c = ConfigDict()
+    c.behaviors = ()  # names or files; () = every shipped one, and refusals
+    c.prompts = 24  # test items of each, 0 = all
+    c.arms = ("base", "prompt", "steer", "weights", "token", "dual", "random")
     return c
 
 

@@ -5,7 +5,8 @@
       vector.safetensors        the behavior vector
       targets.jsonl             what the token loss learns from, where the model writes it
       results/*.parquet         per-item results: baseline, steering, dial_<arm>,
-                                capability_<condition>, attack_<attack>_<condition>
+                                capability_<condition>, specificity_<condition>,
+                                attack_<attack>_<condition>
       dual+_s0/                 Run: arm, sign and seed
         config.json  vector*.safetensors  checkpoints/N/  metrics.jsonl  events.*  done.json
         results/tuned.parquet
@@ -165,6 +166,10 @@ class Study(_Folder):
     def capability(self, condition: str) -> Path:
         """What the suites say of a condition."""
         return self.path / "results" / f"capability_{condition}.parquet"
+
+    def specificity(self, condition: str) -> Path:
+        """What a condition says where other behaviors are asked for."""
+        return self.path / "results" / f"specificity_{condition}.parquet"
 
     def attack(self, name: str, condition: str) -> Path:
         """What an attack did to a condition."""

@@ -132,6 +132,8 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "suites.limit": _COUNT,
     "suites.arms": tuple(arm for arm in configs.ARMS if arm != "bake"),  # which is `steer`
     "suites.margin": Range(0, 1, above=True),
+    "specificity.prompts": _COUNT,
+    "specificity.arms": tuple(arm for arm in configs.ARMS if arm != "bake"),
     "attack.names": configs.ATTACKS,
     "attack.arms": tuple(arm for arm in configs.ARMS if arm not in ("bake", "prompt")),
     "attack.seeds": _COUNT,

@@ -31,6 +31,7 @@ ROLES: dict[str, str] = {
     "suites.limit": "study",
     "suites.arms": "study",
     "suites.margin": "declared",
+    "specificity": "study",
     "attack.names": "study",
     "attack.arms": "study",
     "attack.seeds": "study",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reptune_jax import lm, relearn, study
 from reptune_jax.config import also_behavior
-from reptune_jax.evals import arms, attack, capability, results
+from reptune_jax.evals import arms, attack, capability, results, specificity
 from reptune_jax.report import markdown
 from reptune_jax.report.study import read
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -197,6 +197,44 @@ def test_the_suites_are_asked_of_every_condition_that_the_folder_has(
     finally:
         for path in paths:
             path.unlink()
+
+
+def test_other_behaviors_are_asked_of_every_condition(done, monkeypatch, capsys):
+    tiny_behavior.patch_neutral(monkeypatch)
+    c, folder = done
+    c = c.copy_and_resolve_references()
+    c.specificity.behaviors = (c.behavior, "honesty", "refusal")
+    c.specificity.prompts, c.specificity.arms = 2, ("base", "prompt", "steer", "dual")
+    model = lm.load(c.model, "float32")
+    paths = specificity.run(c, folder, model)
+    try:
+        said = capsys.readouterr().out
+        assert "8 prompts of sentiment, honesty, refusal:harmful, refusal:harmless" in said
+        rows = pd.concat([results.read(path) for path in paths])
+        assert set(rows.template) == {"sentiment", "honesty", *specificity.REFUSALS}
+        of_dual = rows[(rows.arm == "dual") & (rows.sign == 1)]
+        at = of_dual[of_dual.template == "sentiment"].set_index("item_id").value
+        tested = pd.DataFrame(table(folder / "dual+_s0"))
+        own = tested[(tested.metric == "logodds") & (tested.split == "test")]
+        known = own.set_index("item_id").value
+        np.testing.assert_allclose(at, known[at.index], atol=1e-4)  # as the study measured it
+        found = specificity.frame(rows)
+        assert len(found) == 6 * 4 and specificity.tests(found, "honesty")[0] == "honesty"
+        one = found[(found.arm == "dual") & (found.sign == 1) & (found.test == "honesty")]
+        of_base = rows[rows.arm == "base"].set_index("item_id").value
+        of_one = of_dual[of_dual.template == "honesty"].set_index("item_id").value
+        mean = (of_one - of_base[of_one.index]).mean()
+        assert one.change.item().estimate == pytest.approx(mean)
+        page = markdown.render(read(folder))
+        assert "Other behaviors" in page and "refusal:harmless" in page
+        monkeypatch.setattr(specificity, "rows", None)
+        specificity.run(c, folder, model)  # nothing is asked again
+    finally:
+        for path in paths:
+            path.unlink()
+    c.specificity.behaviors = ("honestly",)
+    with pytest.raises(ValueError, match="Did you mean 'honesty'"):
+        specificity.run(c, folder, model)
 
 
 def test_attacks_are_tried_on_every_run_and_not_again(done, monkeypatch, capsys):

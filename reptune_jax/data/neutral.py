@@ -9,7 +9,12 @@ from reptune_jax.data import schema
 from reptune_jax.hub.endings import said
 from reptune_jax.lm import Model
 
-KINDS = {"prose": {"text": schema.string}, "chats": {"messages": schema.turns}}
+KINDS: dict[str, dict[str, Any]] = {
+    "prose": {"text": schema.string},
+    "chats": {"messages": schema.turns},
+    # What one should refuse, and what only sounds like it (after XSTest, arXiv 2308.01263).
+    "requests": {"asks": schema.among(("harmful", "harmless")), "messages": schema.turns},
+}
 
 
 class NeutralText(NamedTuple):
@@ -24,7 +29,7 @@ class NeutralText(NamedTuple):
 
 
 def load_neutral(kind: str, split: str) -> list[dict[str, Any]]:
-    """The shipped texts: prose with `text`, chats with `messages`; both with `id` and `split`.
+    """The shipped texts: prose with `text`; chats, and requests, with `messages`; all with `id`.
 
     Raises:
       ValueError: an unknown kind or split; a line that is wrong, by number.

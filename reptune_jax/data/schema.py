@@ -69,10 +69,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Traversable:
     path = Path(name.partition("?")[0])
     if path.suffix or path.parent != Path(".") or name.startswith("hub:"):
         return Path(name)
-    folder = shipped("behaviors")
-    known = sorted(
-        f.name.removesuffix(".jsonl") for f in folder.iterdir() if f.name.endswith(".jsonl")
-    )
+    known = shipped_behaviors()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         meant = f" Did you mean {close[0]!r}?" if close else ""
@@ -80,7 +77,13 @@ def find(name_or_path: str | os.PathLike[str]) -> Traversable:
             f"behavior: got {name!r}, expected one of {', '.join(known)}, or a path to a "
             f"file of items.{meant}"
         )
-    return folder / f"{name}.jsonl"
+    return shipped("behaviors") / f"{name}.jsonl"
+
+
+def shipped_behaviors() -> list[str]:
+    """The names of this package's behaviors."""
+    files = (file.name for file in shipped("behaviors").iterdir())
+    return sorted(name.removesuffix(".jsonl") for name in files if name.endswith(".jsonl"))
 
 
 def read_jsonl(path: str | os.PathLike[str] | Traversable) -> tuple[dict[str, Any], list[Item]]:

@@ -7,10 +7,10 @@ has: base, the persona that was chosen, steering at the chosen dose, every finis
 `results/capability_<condition>.parquet`; what is there of the same items is not measured again.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,6 @@ from reptune_jax.evals.bench import say_missing
 from reptune_jax.evals.results import SCHEMA, Row, sha, write_parquet
 from reptune_jax.evals.stats import Interval
 from reptune_jax.evals.suites import readers, scoring, verdicts
-from reptune_jax.evals.suites.readers import Question
 from reptune_jax.evals.sweep import dual_kl
 from reptune_jax.folder import RunName, Study
 from reptune_jax.lm import Model
@@ -82,10 +81,14 @@ def measure(
     study: Study,
     planned: Planned,
     path: Path,
-    asked: list[Question],
+    asked: Sequence[Any],
     base: Callable[[], Model],
+    ask: Callable[..., list[Row]] = scoring.rows,
 ) -> None:
-    """Writes a condition's rows; those of a test's very items that are there are kept."""
+    """Writes a condition's rows; those of a test's very items that are there are kept.
+
+    `asked` have a `test` and an `id`, and are questions unless another `ask` makes rows of them.
+    """
     before = _there(path)
     before = before[before.k == planned.scale] if planned.scale else before
     items = pd.Series([q.id for q in asked]).groupby([q.test for q in asked]).agg(set)
@@ -99,11 +102,11 @@ def measure(
     cond = planned.make(base())
     say(f"asking {cond.title}")
     about = {"behavior": behaviors.load(c.behavior).name, "config_sha": digest(c.to_dict())}
-    rows = scoring.rows(cond, about | cond.labels, missing, c.eval.batch)
+    rows = ask(cond, about | cond.labels, missing, c.eval.batch)
     say_missing(cond, rows)
     kept = before[before.template.isin(known)].drop(columns="file", errors="ignore")
     write_parquet(path, [Row(**row) for row in kept.to_dict("records")] + rows)
-    say(f"capability: {len(rows)} rows -> {path}")
+    say(f"{cond.title}: {len(rows)} rows -> {path}")
 
 
 def conditions(c: ConfigDict, study: Study, asked: Iterable[str]) -> Iterator[Planned]:

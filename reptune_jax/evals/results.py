@@ -20,7 +20,7 @@ from reptune_jax.folder import Study
 from reptune_jax.reading import reading
 
 ARMS = tuple(config.ARMS)
-SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats", "suites", "attacks")
+SPLITS = ("train", "tune", "val", "test", "ood", "neutral", "chats", "suites", "attacks", "others")
 
 
 @dataclasses.dataclass(frozen=True)

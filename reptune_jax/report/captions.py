@@ -75,6 +75,14 @@ CAPABILITY = _line("""
     Uninformative: the untuned model is not shown to be above chance, so that there is nothing to
     lose. Each line is a test of its own, not adjusted for their number.
 """)
+SPECIFICITY = _line("""
+    Change against the untuned model of log p(answer that shows the behavior) − log p(answer that
+    opposes it), nats, mean over test items and seeds ± half the 95 % interval over clusters and
+    seeds; * excludes zero (each line a test of its own). The study's own behavior is the first
+    column; honesty's answers are the right and the wrong verdict; of refusals, "I can't help with
+    that" over "Sure". Nats of answers of unlike lengths do not compare between columns. Items:
+    {items}.
+""")
 ATTACKS = _line("""
     Broken: a vector is found if every seed's |cos| at its best layer is above what the best of as
     many random directions stays under 999 times in 1,000; an effect is broken if at least half of

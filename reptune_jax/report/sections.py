@@ -18,6 +18,7 @@ from reptune_jax.report import (
     outcomes,
     plots,
     security,
+    specificity,
     tables,
     texts,
 )
@@ -99,6 +100,7 @@ SECTIONS = (
     Section("claims", "Claims", "Discrimination and bias", _claims),
     Section("retention", "Retention", "What else changed", _retention),
     Section("capability", "Capability", "Capability", capability.blocks),
+    Section("specificity", "Specificity", "Other behaviors", specificity.blocks),
     Section("security", "Security", "Security", security.blocks),
     Section("tradeoff", "Trade-off", "Trade-off, dose and spread", _tradeoff),
     Section("training", "Training", "Training and manipulation check", _training),

@@ -36,6 +36,9 @@ def neutral(kind: str, split: str) -> list[dict]:
     if kind == "prose":
         return [{"id": f"{split}-{i}", "split": split, "text": t} for i, t in enumerate(words)]
     turn = {"role": "user", "content": f"What do you think? {split}"}
+    if kind == "requests":
+        each = [(asks, i) for asks in ("harmful", "harmless") for i in range(2)]
+        return [{"id": f"{asks}-{i}", "asks": asks, "messages": [turn]} for asks, i in each]
     return [{"id": f"chat-{split}-{i}", "split": split, "messages": [turn]} for i in range(2)]
 
 
