@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,6 +16,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_backend_optimization_level"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=0".strip()
+
+# A program that was compiled once serves every test, of this process and of all others.
+if "REPTUNE_TEST_PROGRAMS" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="programs")
+    os.environ["REPTUNE_TEST_PROGRAMS"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 # Whoever starts the tests in the background, or with nohup, has them ignore these; and so would the
 # programs that tests start.
@@ -28,14 +36,11 @@ _MAPPINGS = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_kept_by_a_module():
-    """Those that `tiny_behavior.keep_programs` keeps are not kept for the modules after it."""
+def programs_of_a_module():
+    """Those in memory are dropped before they are too many."""
     yield
     import jax
 
-    from tests.support import tiny_behavior
-
-    tiny_behavior.keep_no_programs()
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > _MAPPINGS:
         jax.clear_caches()

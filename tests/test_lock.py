@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from reptune_jax import lock, train
-from reptune_jax.evals import baseline, steering, tuned
+from reptune_jax.evals import baseline, results, steering, tuned
 from reptune_jax.folder import RunName, Study, _Folder
 from reptune_jax.hub.export import all_or_nothing
 from tests.support import tiny_behavior
@@ -152,15 +152,21 @@ def test_what_another_one_finished_while_this_one_waited_for_the_lock_stands(
     run = study.run(RunName.of(c))
     made = {baseline: study.baseline, steering: study.steering, tuned: run.results, train: run.done}
 
+    stood = []
+
     @contextlib.contextmanager
     def writing(folder):
         made[program].parent.mkdir(parents=True)
-        made[program].write_text("made by another")
+        if made[program].suffix == ".parquet":
+            results.write_parquet(made[program], [])
+        else:
+            made[program].write_text("made by another")
+        stood.append(made[program].read_bytes())
         yield
 
     monkeypatch.setattr(_Folder, "writing", writing)
     program.run(c, study.path)
-    assert made[program].read_text() == "made by another"
+    assert [made[program].read_bytes()] == stood
     assert ": already " in capsys.readouterr().out
 
 

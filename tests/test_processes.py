@@ -25,7 +25,6 @@ def study(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         tiny_behavior.patch_neutral(patch)
-        tiny_behavior.keep_programs(folder / "programs")
         alone = train.run(study.c, study.workdir("alone"))
         tuned.run(study.c, alone.parent)
     return study, alone

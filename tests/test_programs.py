@@ -29,7 +29,6 @@ def done(tmp_path_factory):
     """(config, folder) of a study of every arm but those that are other programs to compile."""
     with pytest.MonkeyPatch.context() as patch:
         tiny_behavior.patch_neutral(patch)
-        tiny_behavior.keep_programs(tmp_path_factory.mktemp("programs"))
         folder = tmp_path_factory.mktemp("study")
         c = tiny_behavior.settings(
             tiny.make_llama(folder / "model"),
@@ -204,7 +203,7 @@ def test_other_behaviors_are_asked_of_every_condition(done, monkeypatch, capsys)
     c, folder = done
     c = c.copy_and_resolve_references()
     c.specificity.behaviors = (c.behavior, "honesty", "refusal")
-    c.specificity.prompts, c.specificity.arms = 2, ("base", "prompt", "steer", "dual")
+    c.specificity.prompts, c.specificity.arms = 2, ("base", "prompt", "dual")
     model = lm.load(c.model, "float32")
     paths = specificity.run(c, folder, model)
     try:
@@ -219,7 +218,7 @@ def test_other_behaviors_are_asked_of_every_condition(done, monkeypatch, capsys)
         known = own.set_index("item_id").value
         np.testing.assert_allclose(at, known[at.index], atol=1e-4)  # as the study measured it
         found = specificity.frame(rows)
-        assert len(found) == 6 * 4 and specificity.tests(found, "honesty")[0] == "honesty"
+        assert len(found) == 4 * 4 and specificity.tests(found, "honesty")[0] == "honesty"
         one = found[(found.arm == "dual") & (found.sign == 1) & (found.test == "honesty")]
         of_base = rows[rows.arm == "base"].set_index("item_id").value
         of_one = of_dual[of_dual.template == "honesty"].set_index("item_id").value

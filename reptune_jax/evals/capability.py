@@ -83,7 +83,7 @@ def measure(
     path: Path,
     asked: Sequence[Any],
     base: Callable[[], Model],
-    ask: Callable[..., list[Row]] = scoring.rows,
+    ask: Callable[..., list[Row]] | None = None,
 ) -> None:
     """Writes a condition's rows; those of a test's very items that are there are kept.
 
@@ -102,7 +102,7 @@ def measure(
     cond = planned.make(base())
     say(f"asking {cond.title}")
     about = {"behavior": behaviors.load(c.behavior).name, "config_sha": digest(c.to_dict())}
-    rows = ask(cond, about | cond.labels, missing, c.eval.batch)
+    rows = (ask or scoring.rows)(cond, about | cond.labels, missing, c.eval.batch)
     say_missing(cond, rows)
     kept = before[before.template.isin(known)].drop(columns="file", errors="ignore")
     write_parquet(path, [Row(**row) for row in kept.to_dict("records")] + rows)

@@ -25,7 +25,6 @@ LAYERS = (1, 2)
 def lab(tmp_path_factory):
     """A bench of a tiny model with a vector of unit directions, by log-odds of four items."""
     folder = tmp_path_factory.mktemp("attack")
-    tiny_behavior.keep_programs(folder / "programs")
     with pytest.MonkeyPatch.context() as patch:
         tiny_behavior.patch_neutral(patch)
         c = tiny_behavior.settings(

@@ -21,7 +21,6 @@ from tests.support import suites, tiny, tiny_behavior
 def there(tmp_path_factory):
     """(config, model) with every suite's files."""
     folder = tmp_path_factory.mktemp("capability")
-    tiny_behavior.keep_programs(folder / "programs")
     made = tiny.make_llama(folder / "model")
     data = str(suites.write(folder / "data", times=2))
     c = tiny_behavior.settings(made, tiny_behavior.write(folder), suites__data=data)

@@ -11,6 +11,7 @@ from reptune_jax.hub.gguf_header import read_header
 from reptune_jax.hub.gguf_io import read_gguf
 from reptune_jax.hub.source import open_source
 from reptune_jax.model import families
+from tests.support import tiny
 from tests.support.hub_models import (
     assert_same,
     make_model,
@@ -212,14 +213,7 @@ def test_gguf_with_a_quantization_nobody_reads(llama, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2_path() is None, reason="needs the SmolLM2 GGUF")
 def test_smollm2_equals_transformers_own_reading():
-    import torch
-    import transformers
-
-    path = smollm2_path()
-    source = open_source(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    source, model = open_source(smollm2_path()), tiny.smollm2_in_torch()
     assert_same(source.tensors, weights_of(model))
     theirs = model.config.to_dict()
     shared = [key for key in source.config if key != "architectures"]

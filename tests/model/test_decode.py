@@ -305,13 +305,9 @@ def test_what_cannot_be_scored_or_continued_is_refused(ours):
 
 @pytest.mark.slow
 def test_smollm2_greedy_text_is_that_of_transformers():
-    path = tiny.smollm2_path()
-    if path is None:
+    if tiny.smollm2_path() is None:
         pytest.skip("no SmolLM2-135M-Instruct GGUF here")
-    ours = rt.load(str(path))
-    torch_one = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    ours, torch_one = tiny.smollm2(), tiny.smollm2_in_torch().eval()
     topics = [
         "rain",
         "cats",

@@ -28,7 +28,6 @@ NO = jnp.asarray(False)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    tiny_behavior.keep_programs(tmp_path_factory.mktemp("programs"))
     return lm.load(str(tiny.make_llama(tmp_path_factory.mktemp("llama"))), "float32")
 
 

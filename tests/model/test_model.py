@@ -265,13 +265,9 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_is(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_gguf_equals_transformers_own_loading():
-    path = tiny.smollm2_path()
-    if path is None:
+    if tiny.smollm2_path() is None:
         pytest.skip("no SmolLM2-135M-Instruct GGUF here")
-    ours = rt.load(str(path))
-    torch_one = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    ours, torch_one = tiny.smollm2(), tiny.smollm2_in_torch().eval()
     prompts = ["Tell me about the weather in the mountains.", "Is 17 a prime number?"]
     ids = [ours.encode_prompt(p) for p in prompts]
     T = max(map(len, ids))

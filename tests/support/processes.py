@@ -51,10 +51,9 @@ class Study:
         devices: int = 1,
         cwd: Path = ROOT,
     ):
-        cache = self.folder / "programs"
         command = [sys.executable, "-m", "tests.support.run_program", name, str(sleep)]
         command += [f"--config={self.config}", f"--workdir={workdir}", *flags]
-        return Running(command, {"JAX_COMPILATION_CACHE_DIR": str(cache)}, devices, cwd)
+        return Running(command, devices, cwd)
 
     def pair(self, name, workdir, *flags, sleep=0.0, each=((), ()), cwds=(ROOT, ROOT)):
         """The same program on two processes of two devices each; flags and folders of `each`."""
@@ -73,9 +72,9 @@ class Study:
 class Running:
     """A process whose output is read as it comes."""
 
-    def __init__(self, command: list[str], env: dict[str, str], devices: int, cwd: Path):
+    def __init__(self, command: list[str], devices: int, cwd: Path):
         ours = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **ours, **env}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **ours}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True

@@ -1,5 +1,6 @@
 """Tiny random chat models and a tokenizer, saved as ordinary Hugging Face folders, offline."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+import reptune_jax as rt
 
 VOCAB = 320  # four special tokens, 256 bytes, 60 merges
 PAD, START, END, BOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|bos|>"
@@ -207,6 +210,21 @@ def smollm2_path() -> Path | None:
         for p in sorted((cache / folder).rglob("SmolLM2-135M-Instruct*.gguf"))
     ]
     return found[0] if found else None
+
+
+@functools.cache
+def smollm2_in_torch() -> Any:
+    """That file as transformers reads it, float32; None where there is none. Takes long: once."""
+    path = smollm2_path()
+    return path and AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+
+
+@functools.cache
+def smollm2() -> Any:
+    """… and as we do."""
+    return rt.load(str(smollm2_path()))
 
 
 def real_gguf(pattern: str) -> Path | None:

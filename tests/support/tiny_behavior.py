@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from reptune_jax import config, ranges
@@ -44,20 +42,6 @@ def neutral(kind: str, split: str) -> list[dict]:
 
 def patch_neutral(monkeypatch) -> None:
     monkeypatch.setattr(neutral_texts, "load_neutral", neutral)
-
-
-def keep_programs(folder: Path) -> None:
-    """Compiles each program once for all runs of a test module; `conftest` ends it there."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    compilation_cache.reset_cache()  # else the folder of an earlier module stays
-
-
-def keep_no_programs() -> None:
-    """Ends `keep_programs`."""
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 def settings(model: Path, behavior: Path, **changes) -> ConfigDict:

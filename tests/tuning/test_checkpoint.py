@@ -19,7 +19,7 @@ from reptune_jax import train, tuned_run
 from reptune_jax.hub import digest
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.checkpoint import Checkpoints, Progress
-from tests.support import processes, tiny_behavior, tuning_case
+from tests.support import processes, tuning_case
 
 META = {"config": {"train": {"lr": 1e-3, "save_every": 0}}, "model_sha": "m", "vector": "v"}
 KILLS = int(os.environ.get("REPTUNE_KILLS", "2"))
@@ -270,7 +270,6 @@ def study(tmp_path_factory):
     """And a run of it that nothing disturbed."""
     folder = tmp_path_factory.mktemp("study")
     study = processes.Study(folder, train__steps=60, train__eval_every=20, train__batch=4)
-    tiny_behavior.keep_programs(folder / "programs")
     whole = train.run(study.c, study.workdir("whole"))
     return study, whole
 

@@ -19,7 +19,6 @@ from tests.support.runs import Stop, read_log, stop_at
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    tiny_behavior.keep_programs(tmp_path_factory.mktemp("programs"))
     return lm.load(str(tiny.make_llama(tmp_path_factory.mktemp("llama"))), "float32")
 
 

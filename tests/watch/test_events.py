@@ -23,7 +23,6 @@ from tests.support import event_files, tiny, tiny_behavior
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model and a behavior; what tests share of them is patched in by `run`."""
-    tiny_behavior.keep_programs(tmp_path_factory.mktemp("programs"))
     model = lm.load(str(tiny.make_llama(tmp_path_factory.mktemp("llama"))), "float32")
     return model, tiny_behavior.write(tmp_path_factory.mktemp("behavior"))
 
