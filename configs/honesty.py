@@ -4,9 +4,9 @@
 
 The paper's recipe: the vector is read, and the cosine taken, at the newline before the answer cue,
 and the rate is the paper's. At 3e-4 every tuned arm gives one verdict to all claims
-(docs/results.md). Made for an accelerator;
-`configs/honesty.py:quick` is cut down for two CPU cores and a model of half a billion weights, too
-small to learn it.
+(docs/results.md). Made for an accelerator. `configs/honesty.py:cpu` asks the same on two CPU cores
+within a night: the + side, fewer steps and claims. `configs/honesty.py:quick` is cut down for
+minutes and a model of half a billion weights, too small to learn it.
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +15,9 @@ from reptune_jax.config import default
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ("", "quick"):
-        raise ValueError(f"configs/honesty.py: got {arg!r}, expected nothing or 'quick'.")
+    cuts = {"": lambda c: c, "cpu": cpu, "quick": quick}
+    if arg not in cuts:
+        raise ValueError(f"configs/honesty.py: got {arg!r}, expected nothing, 'cpu' or 'quick'.")
     c = default()
     c.model = "Qwen/Qwen2.5-1.5B-Instruct"
     c.behavior = "honesty"
@@ -50,7 +51,24 @@ def get_config(arg: str = "") -> ConfigDict:
     c.study.arms += ("token", "vector", "dual", "random", "preventative", "out")
     c.study.signs = (1, -1)
     c.study.seeds = (0, 1, 2)
-    return quick(c) if arg == "quick" else c
+    return cuts[arg](c)
+
+
+def cpu(c: ConfigDict) -> ConfigDict:
+    """The + side of the arms that a claim needs, with 24 steps; claims and texts cut to match."""
+    c.vector.pairs = 32
+    c.train.steps = 24
+    c.train.retain_batch = 1
+    c.train.eval_every = 12
+    c.train.val_rows = 16
+    c.steer.documents = 2
+    c.dial.scales = (0.5, 1.0)
+    c.eval.claims = 48
+    c.eval.scenarios = 24
+    c.eval.documents = 6
+    c.study.arms = ("base", "prompt", "steer", "weights", "token", "dual", "random")
+    c.study.signs = (1,)
+    return c
 
 
 def quick(c: ConfigDict) -> ConfigDict:

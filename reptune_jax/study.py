@@ -36,11 +36,10 @@ def run(c: ConfigDict, workdir: Path) -> None:
     if any(arm in TUNED_ARMS for arm in c.study.arms):
         behaviors.load(c.behavior).check(c, "train", "tune", "val")
     for arm in (arm for arm in c.study.arms if arm in CONTRASTS):
-        if CONTRASTS[arm] not in c.study.arms or len(c.study.signs) < 2:
+        if CONTRASTS[arm] not in c.study.arms:
             raise ValueError(
-                f"study.arms: got {arm!r} with arms {c.study.arms} and signs {c.study.signs}, "
-                f"expected {CONTRASTS[arm]} and both signs, which it is made of. Add them, or "
-                "leave it out."
+                f"study.arms: got {arm!r} with arms {c.study.arms}, expected {CONTRASTS[arm]} too, "
+                "which it is made of. Add it, or leave it out."
             )
     if unknown := set(c.dial.arms) - set(c.study.arms):
         raise ValueError(
@@ -61,6 +60,8 @@ def make(c: ConfigDict, workdir: Path) -> None:
     for one in runs(c):
         with timed(f"training {RunName.of(one)}"):
             train.run(one, workdir, bench.base)
+        if one.sign not in c.study.signs:
+            continue
         with timed(f"evaluating {RunName.of(one)}"):
             tuned.run(one, workdir, bench)
     if "steer" in c.study.arms:
@@ -85,10 +86,13 @@ def runs(c: ConfigDict) -> Iterator[ConfigDict]:
     """The config of every tuned run, seed by seed so that a stopped study is already balanced.
 
     `out` has no sign: |cos| and label-neutral targets are the same for both, so it is run once.
+    What a contrast is made of is trained on both sides, also where one of them is not evaluated.
     """
+    halves = {CONTRASTS[arm] for arm in c.study.arms if arm in CONTRASTS}
     for seed in c.study.seeds:
         for arm in (a for a in c.study.arms if a in TUNED_ARMS):
-            for sign in c.study.signs[:1] if arm == "out" else c.study.signs:
+            signs = c.study.signs[:1] if arm == "out" else c.study.signs
+            for sign in dict.fromkeys((*signs, 1, -1)) if arm in halves else signs:
                 one = c.copy_and_resolve_references()
                 one.arm, one.sign, one.seed = arm, sign, seed
                 yield one
