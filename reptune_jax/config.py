@@ -46,7 +46,8 @@ SUITES = (
 
 # Of tuned weights, that `evals.attack` knows.
 ATTACKS = (
-    "weights", "activations", "again", "removal", "scale", "counter", "rounding", "prompts",
+    "weights", "activations", "again", "function", "removal", "scale", "counter", "rounding",
+    "prompts",
 )  # fmt: skip
 
 CONTRASTS = {"weights": "token", "contrast": "dual"}  # and the arm whose two signs it is made of

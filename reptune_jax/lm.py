@@ -122,7 +122,8 @@ class Model:
     ) -> list[str]:
         """Continues each prompt (text, or chat messages); greedy at temperature 0.
 
-        `chat` renders a text prompt as one user turn. A vector is added at prompt and new tokens.
+        `chat` renders a text prompt as one user turn; an assistant turn at the end of messages is
+        gone on with. A vector is added at prompt and new tokens.
         Of the last three, None is as generation_config.json says above temperature 0, else none.
         """
         prompts = inputs.prompts(prompts)

@@ -151,6 +151,14 @@ def scenario_prompts(items: Sequence[Item]) -> list[Contrast]:
     return [_scenario(item, order) for item in select(items, format="ab") for order in ORDERS]
 
 
+def first_forms(asked: Sequence[Contrast]) -> list[Contrast]:
+    """The first question of every item: a lettered one in its first order."""
+    first: dict[str, Contrast] = {}
+    for question in asked:
+        first.setdefault(question.item.id, question)
+    return list(first.values())
+
+
 def _scenario(item: Item, order: str) -> Contrast:
     *before, last = item.messages
     question = _with_choices(last["content"], (item.pos, item.neg), order)

@@ -26,6 +26,7 @@ class Condition:
     sign: int = 0
     seed: int = 0
     persona: Item | None = None  # put in front as a system turn
+    begun: str = ""  # what every answer begins with already
     steer: Steerable | None = None  # a vector is added at every token
     k: float = 0.0  # dose it was scaled by; of tuned weights, times their change (0: as trained)
     layer: int = -1  # first layer it is added at
@@ -38,10 +39,11 @@ class Condition:
         return f"{self.arm} {self.sign:+d} seed {self.seed}{', ' + how if self.k else ''}"
 
     def under_persona(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-        """Turns with the persona in front, where there is one."""
-        if self.persona is None:
-            return list(messages)
-        return fold_system(self.model.tokenizer, with_system(self.persona, messages))
+        """Turns with the persona in front and the answer's beginning behind, where there are."""
+        turns = list(messages)
+        if self.persona is not None:
+            turns = fold_system(self.model.tokenizer, with_system(self.persona, turns))
+        return [*turns, {"role": "assistant", "content": self.begun}] if self.begun else turns
 
     def encode(self, item: Item) -> list[int]:
         """Prompt ids."""

@@ -51,6 +51,7 @@ KNOWN: dict[str, Attack] = {
     "weights": Attack(recovery.from_weights, TUNED, ()),
     "activations": Attack(recovery.from_activations, ("steer", *TUNED), ("texts",)),
     "again": Attack(recovery.read_again, ("base", *TUNED), ("pairs",)),
+    "function": Attack(recovery.function, TUNED, (*_MEASURED, "texts", "layer")),
     "removal": Attack(edits.removal, TUNED, _MEASURED),
     "scale": Attack(edits.scale, TUNED, (*_MEASURED, "scales")),
     "counter": Attack(counter.counter, ("base", "steer", *TUNED), (*_MEASURED, "layer", "doses")),

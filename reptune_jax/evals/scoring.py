@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +24,38 @@ from reptune_jax.vectors.steering_vector import SteeringVector
 SPLIT_OF = {"prose": "neutral", "chats": "chats"}  # what a neutral text's rows are filed under
 
 
+class Matched(Protocol):
+    """A prompt, with an answer that shows what is tested and one that opposes it."""
+
+    @property
+    def messages(self) -> Sequence[dict[str, str]]: ...
+    @property
+    def pos(self) -> str: ...
+    @property
+    def neg(self) -> str: ...
+
+
 def contrast_rows(
     cond: Condition, labels: dict[str, Any], items: Sequence[Item], batch: int
 ) -> list[Row]:
     """log p(pos) - log p(neg) of each prompt's two matched answers, as sequences."""
-    if not items:
+    found = contrasts(cond, items, batch)
+    return [Row.of(i, labels, **columns) for i, columns in zip(items, found, strict=True)]
+
+
+def contrasts(cond: Condition, asked: Sequence[Matched], batch: int) -> list[dict[str, Any]]:
+    """The columns of a row that say what the two answers are worth, nats."""
+    if not asked:
         return []
-    prompts = [cond.encode(item) for item in items]
     encode = partial(cond.model.tokenizer.encode, add_special_tokens=False)
-    ids = [p + encode(a) for p, i in zip(prompts, items, strict=True) for a in (i.pos, i.neg)]
-    asked = [len(p) for p in prompts for _ in range(2)], cond.steer, batch
-    logp = [value for value, _ in cond.model.score_ids(ids, *asked, missing=True)]
-    out = []
-    for item, prompt, pos, neg in zip(items, prompts, logp[::2], logp[1::2], strict=True):
-        found = {"value": pos - neg, "logp_pos": pos, "logp_neg": neg, "prompt_sha": sha(prompt)}
-        out.append(Row.of(item, labels, metric="logodds", **found))
-    return out
+    prompts = [cond.model.encode_prompt(cond.under_persona(a.messages)) for a in asked]
+    ids = [p + encode(x) for p, a in zip(prompts, asked, strict=True) for x in (a.pos, a.neg)]
+    starts = [len(p) for p in prompts for _ in range(2)]
+    logp = [v for v, _ in cond.model.score_ids(ids, starts, cond.steer, batch, missing=True)]
+    return [
+        {"metric": "logodds", "value": p - n, "logp_pos": p, "logp_neg": n, "prompt_sha": sha(ids)}
+        for ids, p, n in zip(prompts, logp[::2], logp[1::2], strict=True)
+    ]
 
 
 class Reference(NamedTuple):

@@ -20,10 +20,10 @@ from reptune_jax import program
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral, schema
-from reptune_jax.data.contrast import claim_prompts
-from reptune_jax.evals import capability, results, stats
+from reptune_jax.data.contrast import claim_prompts, first_forms
+from reptune_jax.evals import capability, results, scoring, stats
 from reptune_jax.evals.arms import Condition
-from reptune_jax.evals.results import Row, sha
+from reptune_jax.evals.results import Row
 from reptune_jax.folder import Study
 from reptune_jax.lm import Model
 
@@ -89,30 +89,19 @@ def questions(c: ConfigDict, name: str) -> list[Asked]:
         raise ValueError(f"specificity.behaviors: {name} has no test items, expected some.")
     if behavior.kind == "free":
         return [Asked(behavior.name, i.id, i.cluster, i.messages, i.pos, i.neg) for i in items]
-    first = {q.item.id: q for q in reversed(claim_prompts(items, c.eval.templates[0]))}
     return [
-        Asked(behavior.name, id, q.item.cluster, q.messages, q.pos, q.neg)
-        for id, q in reversed(first.items())
+        Asked(behavior.name, q.item.id, q.item.cluster, q.messages, q.pos, q.neg)
+        for q in first_forms(claim_prompts(items, c.eval.templates[0]))
     ]
 
 
 def rows(cond: Condition, labels: dict[str, Any], asked: Sequence[Asked], batch: int) -> list[Row]:
     """log p(pos) - log p(neg) of every prompt, as answers of a chat."""
-    tokenizer = cond.model.tokenizer
-    prompts = [cond.model.encode_prompt(cond.under_persona(a.messages)) for a in asked]
-    ids = [
-        prompt + tokenizer.encode(text, add_special_tokens=False)
-        for prompt, a in zip(prompts, asked, strict=True)
-        for text in (a.pos, a.neg)
+    found = scoring.contrasts(cond, asked, batch)
+    return [
+        Row(**labels, split="others", item_id=a.id, cluster=a.cluster, template=a.test, **columns)
+        for a, columns in zip(asked, found, strict=True)
     ]
-    starts = [len(prompt) for prompt in prompts for _ in range(2)]
-    logp = [s for s, _ in cond.model.score_ids(ids, starts, cond.steer, batch, missing=True)]
-    found = []
-    for a, prompt, pos, neg in zip(asked, prompts, logp[::2], logp[1::2], strict=True):
-        about: dict[str, Any] = {"split": "others", "item_id": a.id, "cluster": a.cluster}
-        about |= {"template": a.test, "metric": "logodds", "prompt_sha": sha(prompt)}
-        found.append(Row(**labels, **about, value=pos - neg, logp_pos=pos, logp_neg=neg))
-    return found
 
 
 def frame(found: pd.DataFrame) -> pd.DataFrame:

@@ -31,6 +31,7 @@ def blocks(study: Study) -> list[Block]:
         return []
     edits = verdicts.removed(attacks)
     built = [_verdicts(study, attacks), _found(attacks), _plot(attacks)]
+    built.append(_copied(attacks))
     built += [_edits(edits), _steered(attacks), _rounded(edits, attacks), _prompts(edits)]
     built.append(_relearned(edits))
     return [block for block in built if block]
@@ -105,6 +106,21 @@ def _curves(found: list[Found]) -> "Figure":
     ax.set_ylabel("|cos| with the vector")
     figure.legend(loc="outside right upper")
     return figure
+
+
+def _copied(attacks: Attacks) -> Table | None:
+    rows = [
+        [
+            _name(x.arm, x.sign),
+            x.how,
+            interval(x.share, 2, False),
+            f"{number(x.kl)} ({number(x.vector_kl)})",
+            "–" if x.how == "random" else x.verdict,
+        ]
+        for x in verdicts.copied(attacks)
+    ]
+    header = ["Arm", "Direction", f"Share of the vector's effect {_CI}", "KL, prose (the vector's)"]
+    return _table("Does what is found do the same", captions.COPIED, [*header, "Verdict"], rows)
 
 
 def _edits(edits: list[Removed]) -> Table | None:

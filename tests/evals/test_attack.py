@@ -1,7 +1,9 @@
 """Attacks on models whose change is known: a planted vector is found, an absent one is not."""
 
+import base64
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import pytest
 from flax import traverse_util
 
 from reptune_jax import lm
+from reptune_jax.evals import scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.attacks import counter, edits, prompting, recovery, verdicts, weights
 from reptune_jax.evals.attacks.target import Lab, Target
@@ -187,13 +190,84 @@ def test_what_an_edit_takes_is_measured_beside_a_random_one(lab):
 def test_prompts_ask_for_the_opposite_and_leave_the_items_alone(lab):
     before = lab.bench.behavior.items
     for sign, mood, answer in ((1, "terrible", "terrible."), (-1, "wonderful", "good.")):
-        asked = dict(prompting.asked_before(lab, sign))
-        assert set(asked) == {"control", "persona0", "role0", "pressure0", "shots1", "shots4"}
-        for name in ("persona0", "role0", "pressure0"):
-            assert f"You are {mood}." in asked[name][0]["content"]
-        assert [t["role"] for t in asked["shots4"]] == ["user", "assistant"] * 4
-        assert all(t["content"].endswith(answer) for t in asked["shots4"][1::2])
-    under = prompting._under(lab, asked["shots1"])
+        asked = {attempt.name: attempt for attempt in prompting.attempts(lab, sign)}
+        assert [*asked] == [
+            *("control", "control-chat", "persona0", "role0", "pressure0", "prefill0"),
+            *("encoded", "german", "shots1", "shots4", "words1", "words4"),
+        ]
+        persona = f"You are {mood}."
+        for name in ("persona0", "role0", "pressure0", "german"):
+            assert persona in asked[name].before[0]["content"]
+        coded = asked["encoded"].before[0]["content"].rsplit("\n", 1)[1]
+        assert base64.b64decode(coded).decode() == persona
+        assert persona[:-1] in asked["prefill0"].begun and not asked["prefill0"].before
+        assert [t["role"] for t in asked["shots4"].before] == ["user", "assistant"] * 4
+        assert all(t["content"].endswith(answer) for t in asked["shots4"].before[1::2])
+    under = prompting._under(lab, asked["shots1"], -1)
     item, old = (x.bench.prompts("test")[0] for x in (under, lab))
-    assert list(item.messages) == [*asked["shots1"], *old.messages]
+    assert list(item.messages) == [*asked["shots1"].before, *old.messages]
     assert lab.bench.behavior.items == before
+
+
+def test_an_answer_that_has_begun_goes_on_or_turns_back(lab):
+    """log p of what is left of either answer, by one pass over the whole text."""
+    model, item = lab.bench.base, lab.bench.prompts("test")[0]
+    item = dataclasses.replace(item, pos="It is good.", neg="Bad, it was so bad.")
+    for sign, words, said, pos, neg in (
+        (1, 1, "Bad,", " It is good.", " it was so bad."),
+        (1, 9, "Bad, it was so", " It is good.", " bad."),  # something is left to say
+        (-1, 2, "It is", " good.", " Bad, it was so bad."),
+    ):
+        begun = prompting._begun(item, words, sign)
+        assert (begun.messages[-1]["content"], begun.pos, begun.neg) == (said, pos, neg)
+        (row,) = scoring.contrasts(Condition(model, "base"), [begun], 1)
+        prompt = model.encode_prompt(list(item.messages)) + model.tokenizer.encode(said)
+        for text, logp in ((pos, row["logp_pos"]), (neg, row["logp_neg"])):
+            ids = prompt + model.tokenizer.encode(text)
+            all_TxV = jax.nn.log_softmax(model.forward(np.array([ids])).logits_BxTxV[0])
+            want = sum(float(all_TxV[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
+            assert logp == pytest.approx(want, abs=1e-4)
+    one = dataclasses.replace(item, neg="Bad.")
+    assert prompting._begun(one, 1, 1) == one  # of a single word none is said
+
+
+def test_every_answer_may_begin_with_given_words(lab):
+    """Generation, log-odds and verdicts read what stands there as the answer's beginning."""
+    base, item = lab.bench.base, lab.bench.prompts("test")[0]
+    plain = base.encode_prompt(list(item.messages))
+    for cond in (
+        Condition(base, "base", begun="As told:\n"),
+        Condition(
+            base, "prompt", persona=lab.bench.behavior.select(format="persona")[0], begun="So"
+        ),
+    ):
+        ids = cond.encode(item)
+        before = dataclasses.replace(cond, begun="").encode(item)
+        assert ids == before + base.tokenizer.encode(cond.begun)
+    assert plain == Condition(base, "base").encode(item)
+
+
+def test_what_is_found_is_tried_on_the_base(lab):
+    """A planted vector does what the vector does; a random one, or one of noise, does not."""
+    at, base = counter.at_layer(target(lab, lab.bench.base)), lab.bench.base
+    vector = lab.bench.vector.at([at])
+    one = target(lab, bake(base, vector * -0.5), -1)
+    untuned = Target(lab, Condition(base, "base"), lab.bench.vector)
+    rows = [*one.measure("intact"), *untuned.measure("intact"), *recovery.function(one)]
+    attacks = Attacks.of(frame(rows), 0.1)
+    found = {x.how: x for x in verdicts.copied(attacks)}
+    # The bias is no writer's kernel: nothing is found in the weights, all of it in activations.
+    assert set(found) == {"random", "texts"}
+    assert found["texts"].share.estimate == pytest.approx(1, abs=1e-3)
+    assert found["texts"].kl == pytest.approx(found["texts"].vector_kl, abs=1e-5)
+    assert found["texts"].verdict == verdicts.BROKEN
+    assert found["random"].share.estimate < 0.7
+    steered = dataclasses.replace(untuned.cond, steer=vector * -1.0)
+    want = untuned.measure("steered", steered)
+    got = [r for r in rows if r.position == "function:vector"]
+    for a, b in zip(want, got, strict=True):
+        assert a.value == pytest.approx(b.value, abs=1e-5)
+    model, _ = tuned(lab, planted=0.1)
+    names = {row.position for row in recovery.function(target(lab, model))}
+    every = ("vector", "random", "found+", "found-", "texts")
+    assert names == {f"function:{name}" for name in every}

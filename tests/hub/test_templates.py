@@ -140,3 +140,19 @@ def test_a_template_is_bounded_in_time_memory_and_text(tok, monkeypatch, templat
 def test_a_product_with_a_small_number_is_none_of_those(tok):
     dated(tok, "{{ '-' * 3 }}{% for m in messages %}{{ m.content * 2 }}{% endfor %}")
     assert templates.chat_text(tok, USER) == "---HiHi"
+
+
+def test_an_answer_that_has_begun_is_gone_on_with(tok):
+    """As transformers continues a final message; control tokens in it are text there too."""
+    tok.chat_template = tiny.CHATML
+    turns = [*USER, {"role": "assistant", "content": "Well,"}]
+    want = tok.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+    assert templates.chat_text(tok, turns) == want == templates.chat_text(tok, USER) + "Well,"
+    closed = templates.chat_text(tok, turns, add_generation_prompt=False)
+    assert closed == tok.apply_chat_template(turns, tokenize=False) != want
+    (end,) = tok.encode("<|im_end|>", add_special_tokens=False)
+    ids = templates.encode(
+        tok, templates.chat_text(tok, [*USER, {**turns[1], "content": "<|im_end|>"}])
+    )
+    asked = templates.encode(tok, templates.chat_text(tok, USER))
+    assert ids[: len(asked)] == asked and end not in ids[len(asked) :]

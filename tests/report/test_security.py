@@ -20,6 +20,8 @@ LEFT = {
     "project:random": (0.98, 0.02), "ablate:found": (0.2, 0.05), "ablate:random": (0.2, 0.05),
     "scale": (-1.0, 0.02), "prompt:persona0": (0.1, np.nan), "prompt:shots1": (0.9, np.nan),
     "round:int8": (0.3, 0.02), "round:int4": (0.1, 0.06),
+    "function:vector": (0.8, 0.05), "function:found+": (0.6, 0.04), "function:found-": (-0.2, 0.04),
+    "function:texts": (0.2, 0.01), "function:random": (0.0, 0.03),
 }  # fmt: skip
 BASE_LEFT = {"prompt:persona0:+1": -0.5, "round:int8": -0.7, "round:int4": 0.0}
 DOSES = (0.5, 1.0, 2.0)  # the vector undoes 1.5 effects a dose, a random one nothing
@@ -95,6 +97,25 @@ def test_an_effect_is_broken_within_the_budget_and_beyond_a_random_direction_onl
     on = values.values("intact") > 0
     gone = (values.values("prompt:persona0") <= 0)[on].mean()
     assert persona.flips[0] == pytest.approx(gone) and 0 < gone < 1
+
+
+def test_what_was_found_is_worth_its_share_of_the_vectors_effect(attacks):
+    found = {x.how: x for x in verdicts.copied(attacks)}
+    assert {how: x.verdict for how, x in found.items()} == {
+        "found": verdicts.BROKEN,
+        "texts": verdicts.HELD,
+        "random": verdicts.HELD,
+    }
+    for how, share, kl in (("found", 0.75, 0.04), ("texts", 0.25, 0.01), ("random", 0.0, 0.03)):
+        assert found[how].share.estimate == pytest.approx(share, abs=0.05)
+        assert (found[how].kl, found[how].vector_kl) == pytest.approx((kl, 0.05))
+    told = [s for s in words.said(attacks) if s.attack.startswith("steering the base")]
+    assert [s.attack.rsplit("what ", 1)[1] for s in told] == [
+        "the change gave away",
+        "activations gave away",
+    ]
+    still = Attacks.of(pd.DataFrame(made(effect=0.0)), 0.1)
+    assert {x.verdict for x in verdicts.copied(still)} == {verdicts.NOTHING}
 
 
 def test_what_exceeds_the_shift_is_resistance(attacks):

@@ -35,7 +35,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
-_CHATML = (
+CHATML = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}"
@@ -194,7 +194,7 @@ def make_tokenizer(tmp: str | os.PathLike, bos: bool = False) -> Path:
         clean_up_tokenization_spaces=False,
         model_max_length=256,
     )
-    tokenizer.chat_template = ("{{ bos_token }}" if bos else "") + _CHATML
+    tokenizer.chat_template = ("{{ bos_token }}" if bos else "") + CHATML
     tokenizer.save_pretrained(tmp)
     return Path(tmp)
 

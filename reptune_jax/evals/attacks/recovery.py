@@ -1,5 +1,6 @@
-"""Finding the vector: in the weights, in activations, and by reading it again."""
+"""Finding the vector: in weights, in activations, by reading it again, by what it does."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -9,7 +10,8 @@ from reptune_jax.data import neutral
 from reptune_jax.evals import stats
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.attacks import weights
-from reptune_jax.evals.attacks.target import Lab, Target, Text, read_means
+from reptune_jax.evals.attacks.counter import at_layer
+from reptune_jax.evals.attacks.target import CONTROL, Lab, Target, Text, read_means
 from reptune_jax.evals.results import Row
 from reptune_jax.lm import Model
 from reptune_jax.vectors import extraction
@@ -93,6 +95,35 @@ def unrelated(base: Model, most: int) -> list[Text]:
     order = np.random.default_rng(0).permutation(len(found))[:most]
     texts = [base.encode_prompt(found[i], chat=False)[:_TOKENS] for i in order]
     return [(ids, [(1, len(ids)), (1, min(6, len(ids)))]) for ids in texts]
+
+
+def function(target: Target) -> list[Row]:
+    """The base steered by what is found of the vector, at one layer, and by the vector itself.
+
+    A direction of low cosine may do the same, and one of high cosine less. All are as long as one
+    dose of the behavior's vector there, and point toward the arm's sign; the singular vector has
+    none and is tried to both sides.
+    """
+    layer, vector, sign = at_layer(target), target.lab.bench.vector, target.cond.sign
+    own_D, control = vector.directions_NxD[layer], CONTROL + target.cond.seed
+    ways = {"vector": sign * own_D, "random": vector.random_like(control).directions_NxD[layer]}
+    if (rows_NxRxD := weights.written(target.base, target.cond.model)) is not None:
+        blind_D = weights.spectrum(rows_NxRxD.reshape(-1, rows_NxRxD.shape[-1]), 1).right_KxD[0]
+        ways |= {"found+": blind_D, "found-": -blind_D}
+    texts, base_NxIxPxD = _of_base(target.lab)
+    tuned_NxIxPxD = read_means(target.cond, texts, target.lab.bench.c.eval.batch)
+    ways["texts"] = (tuned_NxIxPxD - base_NxIxPxD)[layer, :, PLACES.index("all")].mean(0)
+    found = []
+    for name, way_D in ways.items():
+        if not (length := np.linalg.norm(way_D)):
+            say(f"{target.cond.title}: function:{name} left out, nothing was changed there")
+            continue
+        one_NxD = np.zeros_like(vector.directions_NxD)
+        one_NxD[layer] = way_D * (np.linalg.norm(own_D) / length)
+        steer = dataclasses.replace(vector, directions_NxD=one_NxD, layers=(layer,))
+        cond = dataclasses.replace(target.cond, model=target.base, steer=steer)
+        found += target.measure(f"function:{name}", cond, layer=layer)
+    return found
 
 
 def read_again(target: Target) -> list[Row]:

@@ -9,7 +9,7 @@ import numpy as np
 from reptune_jax import mesh as meshes
 from reptune_jax.console import say
 from reptune_jax.data import neutral
-from reptune_jax.data.contrast import claim_prompts, scenario_prompts
+from reptune_jax.data.contrast import claim_prompts, first_forms, scenario_prompts
 from reptune_jax.data.schema import Item
 from reptune_jax.evals import scoring
 from reptune_jax.evals.arms import Condition
@@ -79,8 +79,8 @@ class Target:
             asked = claim_prompts(items, bench.c.eval.templates[0])
         else:
             asked = scenario_prompts(items)
-        first = list({q.item.id: q for q in reversed(asked)}.values())
-        ids_I = [model.encode_prompt(q.messages) for q in first]
+        first = first_forms(asked)
+        ids_I = [model.encode_prompt(self.cond.under_persona(q.messages)) for q in first]
         return [(q.item, (i, [(len(i) - 1, len(i))])) for q, i in zip(first, ids_I, strict=True)]
 
     def number(

@@ -73,6 +73,18 @@ class Found(NamedTuple):
     in_activations: str
 
 
+class Copied(NamedTuple):
+    """What the base does when steered by what was found of the vector."""
+
+    arm: str
+    sign: int
+    how: str  # found: by one SVD of the change; texts: by activations; random: for comparison
+    share: Interval  # (so steered - base) / (steered by the vector - base)
+    kl: float  # to the untuned model on prose, nats/token
+    vector_kl: float  # of the vector itself
+    verdict: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attacks:
     """The rows of all attacks of a study."""
@@ -146,7 +158,7 @@ class Effects:
         """Of the effect: a mean over the effect's; of two, of their difference."""
         gone = parts[0] if len(parts) == 1 else parts[0] - parts[1]
         effect = self.values("intact") - self.values("intact", base=True)
-        return self.interval([gone, effect], lambda m: m[:, 0] / np.where(m[:, 1], m[:, 1], np.nan))
+        return self.interval([gone, effect], _ratio)
 
     @functools.cached_property
     def effect(self) -> Interval:
@@ -246,6 +258,47 @@ def crossing(curve_RxK: np.ndarray, level_R: np.ndarray, doses_K: np.ndarray) ->
     share_R = np.where(fall_R > 0, (high_R - level_R) / np.where(fall_R > 0, fall_R, 1), 1.0)
     dose_R = doses_K[before_R] + np.clip(share_R, 0, 1) * (doses_K[last_R] - doses_K[before_R])
     return np.where(below_RxK.any(1), dose_R, doses_K[-1])
+
+
+@functools.lru_cache(maxsize=2)
+def copied(attacks: Attacks) -> list[Copied]:
+    """Every arm's, as far as the vector itself moves the base; of a singular vector's two sides the
+    better one."""
+    out = []
+    for arm, sign in attacks.arms:
+        effects = attacks.effects(arm, sign)
+        base = effects.values("intact", base=True)
+        by = {
+            how.partition(":")[2]: effects.values(how, k) - base
+            for how, k in effects.own.columns
+            if how.startswith("function:")
+        }
+        if "vector" not in by:
+            continue
+        vector = by.pop("vector")
+        moves = effects.interval([vector], lambda m: m[:, 0]).low > 0
+        shares = {how: effects.interval([own, vector], _ratio) for how, own in by.items()}
+        sides = [how for how in ("found+", "found-") if how in shares]
+        if sides:
+            best = max(sides, key=lambda how: shares[how].estimate)
+            shares = {"found": shares[best]} | {h: s for h, s in shares.items() if h not in sides}
+        for how, share in shares.items():
+            verdict = _half(share) if moves else NOTHING
+            at = "function:" + (best if how == "found" else how)
+            kl, own_kl = (
+                attacks.kl.get((arm, sign, one, 0.0), np.nan) for one in (at, "function:vector")
+            )
+            out.append(Copied(arm, sign, how, share, kl, own_kl, verdict))
+    return out
+
+
+def _ratio(means_Rx2: np.ndarray) -> np.ndarray:
+    return means_Rx2[:, 0] / np.where(means_Rx2[:, 1], means_Rx2[:, 1], np.nan)
+
+
+def _half(share: Interval) -> str:
+    """Whether at least half of it is shown to be there."""
+    return BROKEN if share.low > _HALF else HELD if share.high < _HALF else UNDECIDED
 
 
 @functools.lru_cache(maxsize=2)

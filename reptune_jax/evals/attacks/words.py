@@ -8,9 +8,11 @@ from reptune_jax.evals.attacks.verdicts import (
     HELD,
     NOTHING,
     Attacks,
+    Copied,
     Found,
     Removed,
     Steered,
+    copied,
     found,
     removed,
     steered,
@@ -18,7 +20,7 @@ from reptune_jax.evals.attacks.verdicts import (
 from reptune_jax.evals.stats import Interval
 
 WITH_BASE = "with the base's weights"
-_FREE = ("random", "control")  # what is tried for comparison only
+_FREE = ("random", "control", "control-chat")  # what is tried for comparison only
 
 
 class Said(NamedTuple):
@@ -40,9 +42,11 @@ def said(attacks: Attacks) -> list[Said]:
     """Of every arm, in the order of the threats: finding the vector, then undoing it."""
     out = []
     edits, doses, near = removed(attacks), steered(attacks), found(attacks)
+    used = [x for x in copied(attacks) if x.how not in _FREE]
     for one in attacks.arms:
         own = [r for r in edits if (r.arm, r.sign) == one]
         told = [t for f in near if (f.arm, f.sign) == one for t in _found(f)]
+        told += [_copied(x) for x in used if (x.arm, x.sign) == one]
         told += _taken(f"edits of its weights, {WITH_BASE}", _of(own, "project"), attacks)
         told += _taken("edits of its weights alone", _of(own, "ablate"), attacks)
         told += [_steered(d) for d in doses if (d.arm, d.sign) == one]
@@ -74,6 +78,12 @@ def _found(f: Found) -> list[tuple[str, str, str]]:
         took = f"{n} unrelated text{'s' if n > 1 else ''}: cosine {f.texts[n]:.2f}"
         out.append((f"finding {whose} by activations and the base's", f.in_activations, took))
     return out
+
+
+def _copied(x: Copied) -> tuple[str, str, str]:
+    whence = "the change" if x.how == "found" else "activations"
+    took = "" if x.verdict == NOTHING else f"{share(x.share)} of what the vector does"
+    return f"steering the base with what {whence} gave away", x.verdict, took
 
 
 def _taken(what: str, tried: list[Removed], attacks: Attacks) -> list[tuple[str, str, str]]:
