@@ -38,10 +38,10 @@ ARMS: dict[str, dict[str, Any]] = {
 TUNED_ARMS: tuple[str, ...] = ("token", "vector", "dual", "random", "preventative")
 TUNED_ARMS += ("match", "displace", "misplace", "out")
 
-# Public tests of multiple choice that `evals.capability` knows.
+# Tests that `evals.capability` knows: of multiple choice, and answered in words.
 SUITES = (
     "truthfulqa", "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa",
-    "mmlu",
+    "mmlu", "bbh", "arithmetic", "instructions", "gsm8k",
 )  # fmt: skip
 
 # Of tuned weights, that `evals.attack` knows.
@@ -237,7 +237,7 @@ def _eval() -> ConfigDict:
 def _suites() -> ConfigDict:
     """What `python -m reptune_jax.evals.capability` asks, and of which arms."""
     c = ConfigDict()
-    c.names = SUITES
+    c.names = SUITES[:-1]  # GSM8K's answers are long
     c.data = ""  # a folder with the suites' files; "" = from the hub
     c.limit = 0  # items of each suite at most, drawn with a fixed seed; 0 = all
     c.arms = ("base", "prompt", "steer", "weights", "token", "dual", "random")

@@ -338,7 +338,7 @@ class Model:
             ids = text.encode(self.tokenizer, prompt)
         else:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = templates.encode(self.tokenizer, templates.chat_text(self.tokenizer, turns))
+            ids = templates.encode(self.tokenizer, templates.prompt_text(self.tokenizer, turns))
         return tokenizers.known_ids(self.tokenizer, ids, self.arch.V)
 
     def cut(self, new_M: np.ndarray) -> list[int]:

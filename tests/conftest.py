@@ -1,6 +1,7 @@
 """Set before jax is imported: tests compile a lot and compute little."""
 
 import copy
+import gc
 import logging
 import os
 import signal
@@ -33,6 +34,12 @@ for _signal in (signal.SIGINT, signal.SIGHUP):
 # Linux lets a process have 65,530 mappings of memory and every compiled program takes some; one
 # more, and the process dies without a word.
 _MAPPINGS = 20_000
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,9 +2,10 @@
 
     python -m reptune_jax.evals.capability --workdir=runs/sentiment --config.suites.data=DIR
 
-Multiple choice by log-probabilities (`suites.names`), of the arms in `suites.arms` that the folder
-has: base, the persona that was chosen, steering at the chosen dose, every finished run. Writes
-`results/capability_<condition>.parquet`; what is there of the same items is not measured again.
+Multiple choice by log-probabilities, tasks by what is answered (`suites.names`), of the arms in
+`suites.arms` that the folder has: base, the persona that was chosen, steering at the chosen dose,
+every finished run. Writes `results/capability_<condition>.parquet`; what is there of the same items
+is not measured again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program
-from reptune_jax.config import CONTRASTS
+from reptune_jax.config import CONTRASTS, SUITES
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
@@ -26,7 +27,9 @@ from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import say_missing
 from reptune_jax.evals.results import SCHEMA, Row, sha, write_parquet
 from reptune_jax.evals.stats import Interval
-from reptune_jax.evals.suites import readers, scoring, verdicts
+from reptune_jax.evals.suites import readers, scoring, tasks, verdicts
+from reptune_jax.evals.suites.readers import Question
+from reptune_jax.evals.suites.tasks import Task
 from reptune_jax.evals.sweep import dual_kl
 from reptune_jax.folder import RunName, Study
 from reptune_jax.lm import Model
@@ -50,11 +53,14 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
       ValueError: no suites are named, or one's rows are not there.
     """
     if not c.suites.names:
-        raise ValueError(f"suites.names: got none, expected some of {', '.join(readers.READERS)}.")
+        raise ValueError(f"suites.names: got none, expected some of {', '.join(SUITES)}.")
     study = Study(workdir)
     study.check(c)
     names = dict.fromkeys(c.suites.names)
-    asked = [q for name in names for q in readers.read(name, c.suites.data, c.suites.limit)]
+    asked: list[Question | Task] = []
+    for name in names:
+        read = tasks.read if name in tasks.TASKS else readers.read
+        asked += read(name, c.suites.data, c.suites.limit)
     say(f"capability: {len({q.id for q in asked})} items of {', '.join(names)}")
     base = cache(lambda: base_of(c, study, model))
     paths = []
@@ -102,11 +108,21 @@ def measure(
     cond = planned.make(base())
     say(f"asking {cond.title}")
     about = {"behavior": behaviors.load(c.behavior).name, "config_sha": digest(c.to_dict())}
-    rows = (ask or scoring.rows)(cond, about | cond.labels, missing, c.eval.batch)
+    rows = (ask or _rows)(cond, about | cond.labels, missing, c.eval.batch)
     say_missing(cond, rows)
     kept = before[before.template.isin(known)].drop(columns="file", errors="ignore")
     write_parquet(path, [Row(**row) for row in kept.to_dict("records")] + rows)
     say(f"{cond.title}: {len(rows)} rows -> {path}")
+
+
+def _rows(
+    cond: Condition, labels: dict[str, Any], asked: Sequence[Question | Task], batch: int
+) -> list[Row]:
+    """Of choices by their log-probabilities, of tasks by what is answered."""
+    choices = [q for q in asked if isinstance(q, Question)]
+    answered = [q for q in asked if isinstance(q, Task)]
+    found = scoring.rows(cond, labels, choices, batch) if choices else []
+    return found + tasks.rows(cond, labels, answered, batch)
 
 
 def conditions(c: ConfigDict, study: Study, asked: Iterable[str]) -> Iterator[Planned]:

@@ -38,7 +38,7 @@ def score(
     """One row per question."""
     tokenizer, prompts, pairs = cond.model.tokenizer, [], []
     for x in asked:
-        text = templates.chat_text(tokenizer, cond.under_persona(x.messages))
+        text = templates.prompt_text(tokenizer, cond.under_persona(x.messages))
         prompts.append(templates.encode(tokenizer, text))
         pairs.append(tokenizers.free_label_tokens(tokenizer, text, x.pos, x.neg))
     logp_Ix2 = cond.model.next_logp(prompts, np.array(pairs), cond.steer, batch, missing=True)

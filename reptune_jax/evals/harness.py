@@ -4,6 +4,7 @@ Unlike the other modules this needs an extra: `pip install "reptune_jax[lmeval]"
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from lm_eval.utils import make_table as table
 from tqdm import tqdm
 
 from reptune_jax.evals.arms import Condition
-from reptune_jax.evals.suites.scoring import Scored, encoder
+from reptune_jax.evals.suites import shared
+from reptune_jax.evals.suites.scoring import encoder
+from reptune_jax.evals.suites.shared import Scored
 from reptune_jax.hub import templates, text
 from reptune_jax.hub.endings import said
 from reptune_jax.lm import Model
@@ -125,18 +128,14 @@ class Harness(LM):
         return self.model.name.replace("/", "__")
 
     def _score(self, pairs: Sequence[Scored], quiet: bool) -> list[tuple[float, bool]]:
-        """By length, so that a batch has little padding and few shapes are compiled."""
-        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].ids), pairs[i].start))
-        found, step = [(0.0, False)] * len(pairs), _BATCHES * self.batch
-        with tqdm(total=len(pairs), desc=self.cond.title, disable=quiet) as bar:
-            for start in range(0, len(order), step):
-                part = order[start : start + step]
-                ids, starts = [list(pairs[i].ids) for i in part], [pairs[i].start for i in part]
-                scores = self.model.score_ids(ids, starts, self.cond.steer, self.batch)
-                for i, score in zip(part, scores, strict=True):
-                    found[i] = score
+        found: dict[Scored, tuple[float, bool]] = {}
+        with tqdm(total=len({*pairs}), desc=self.cond.title, disable=quiet) as bar:
+            for part in shared.scores(self.cond, pairs, self.batch):
+                found |= part
                 bar.update(len(part))
-        return found
+        finite = [math.isfinite(logp) for logp, _ in found.values()]
+        self.model.check_finite(finite, "scores", self.cond.steer)
+        return [found[pair] for pair in pairs]
 
     def _answers(self, contexts: Sequence[str], how: dict[str, Any]) -> list[str]:
         """Of prompts that are answered alike; `how` is the task's generation_kwargs."""

@@ -27,8 +27,7 @@ def chat_text(
 ) -> str:
     """Renders messages with the model's own template, special tokens included; for `encode`.
 
-    Control tokens within a message are text there, and end no turn: they are masked. Where an
-    answer is asked for, an assistant turn at the end is what it begins with already.
+    Control tokens within a message are text there, and end no turn: they are masked.
     """
     import jinja2
 
@@ -41,10 +40,6 @@ def chat_text(
     if day := given.pop(_TODAY, ""):
         template = _CALL.sub(_told(datetime.date.fromisoformat(day)), template)
     turns = [{**m, "content": _masked(tokenizer, m["content"])} for m in messages]
-    begun = ""
-    if add_generation_prompt and len(turns) > 1 and turns[-1].get("role") == "assistant":
-        *turns, last = turns
-        begun = last["content"]
     try:
         with template_bounds.bounded(str(template)):
             text = tokenizer.apply_chat_template(
@@ -64,8 +59,14 @@ def chat_text(
     except Exception as error:  # it is a program from a file, and may raise anything
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"chat_template: cannot be rendered ({why}). Correct it.") from None
-    text = template_bounds.check_text(str(text), sum(len(turn["content"]) for turn in turns))
-    return text + begun
+    return template_bounds.check_text(str(text), sum(len(turn["content"]) for turn in turns))
+
+
+def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> str:
+    """What an answer follows; an assistant turn at the end is what it begins with already."""
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        return chat_text(tokenizer, messages)
+    return chat_text(tokenizer, messages[:-1]) + _masked(tokenizer, messages[-1]["content"])
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """Rows that begin alike compute what they share once: a template, a persona, a question.
 
 Exact, not an approximation: attention is causal, so the keys and values of a common beginning do
-not depend on what follows it. They are computed for one row and spread over the batch.
+not depend on what follows it. They are computed once for each group of rows and spread over it.
 """
 
 import itertools
@@ -21,11 +21,11 @@ _MULTIPLE = 8  # shared lengths are rounded down to this, so that few shapes are
 
 @flax.struct.dataclass
 class Prefix:
-    """The tokens that all rows of a batch begin with, and how they are steered."""
+    """The tokens that each of G groups of as many rows begins with, and how they are steered."""
 
-    tokens_1xP: Any
+    tokens_GxP: Any
     steer: Steers | None
-    mask_1xP: Any = None  # padding on the left; None: all are real
+    mask_GxP: Any = None  # padding on the left; None: all are real
 
 
 def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:
@@ -49,9 +49,9 @@ def apply_after(
     """
     if prefix is None:
         return decoder.apply(variables, tokens_BxT, mask_BxT, **asked)
-    B, P = len(tokens_BxT), prefix.tokens_1xP.shape[1]
-    real_1xP = jnp.ones((1, P)) if prefix.mask_1xP is None else prefix.mask_1xP
-    real_BxP = jnp.broadcast_to(jnp.asarray(real_1xP, mask_BxT.dtype), (B, P))
+    (G, P), B = prefix.tokens_GxP.shape, len(tokens_BxT)
+    real_GxP = jnp.ones((G, P)) if prefix.mask_GxP is None else prefix.mask_GxP
+    real_BxP = jnp.repeat(jnp.asarray(real_GxP, mask_BxT.dtype), B // G, axis=0)
     mask_BxS = jnp.concatenate([real_BxP, mask_BxT], axis=1)
     cache = _spread(decoder, variables, prefix, mask_BxS)
     return decoder.apply(variables, tokens_BxT, mask_BxS, cache=cache, slot=P, **asked)
@@ -60,15 +60,17 @@ def apply_after(
 def _spread(
     decoder: Decoder, variables: dict[str, Any], prefix: Prefix, mask_BxS: jax.Array
 ) -> Cache:
-    """A cache of B rows that holds the prefix, computed for one of them."""
-    (B, S), P = mask_BxS.shape, prefix.tokens_1xP.shape[1]
-    empty = init_cache(decoder.arch, decoder.segments, 1, S, decoder.dtype)
+    """A cache of B rows that holds the prefixes, each computed for one row of its group."""
+    (B, S), (G, P) = mask_BxS.shape, prefix.tokens_GxP.shape
+    empty = init_cache(decoder.arch, decoder.segments, G, S, decoder.dtype)
     _, cache = decoder.apply(
         variables,
-        prefix.tokens_1xP,
-        jnp.ones((1, S), mask_BxS.dtype).at[:, :P].set(mask_BxS[:1, :P]),
+        prefix.tokens_GxP,
+        jnp.ones((G, S), mask_BxS.dtype).at[:, :P].set(mask_BxS[:: B // G, :P]),
         steer=prefix.steer,
         cache=empty,
         slot=0,
     )
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (a.shape[0], B, *a.shape[2:])), cache)
+    if G == 1:
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (a.shape[0], B, *a.shape[2:])), cache)
+    return jax.tree.map(lambda a: jnp.repeat(a, B // G, axis=1), cache)

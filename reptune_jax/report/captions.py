@@ -68,7 +68,8 @@ RETENTION = _line("""
 """)
 CAPABILITY = _line("""
     Share of items whose right choice is the likeliest, by summed log-probability (a tie is wrong),
-    or per character of the choice; of truthfulqa_mc2 the probability of the true answers among all.
+    or per character of the choice; of truthfulqa_mc2 the probability of the true answers among all;
+    of arithmetic, gsm8k and instructions the share of greedy answers that pass an exact check.
     Δ: paired by item; bootstrap over items and seeds, no narrower than the score interval of as
     many pairs that all agree. Retained: the interval excludes a loss of {margin:g} or more;
     inferior: it excludes any smaller one; else undecided, and so where values are missing.

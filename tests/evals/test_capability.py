@@ -1,6 +1,7 @@
 """The program on a tiny model: scores against a plain oracle, resuming, a broken model."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,9 +13,11 @@ from reptune_jax.data import behavior as behaviors
 from reptune_jax.evals import arms, capability, results
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row
-from reptune_jax.evals.suites import readers, scoring, verdicts
+from reptune_jax.evals.suites import readers, scoring, shared, verdicts
+from reptune_jax.evals.suites.shared import Scored
 from reptune_jax.folder import Study
-from tests.support import suites, tiny, tiny_behavior
+from reptune_jax.vectors.intervention import Intervention
+from tests.support import steering_case, suites, tiny, tiny_behavior
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,54 @@ def test_scores_are_those_of_a_plain_softmax(there):
         assert row.logp_pos == pytest.approx(each[gold], abs=1e-4)
         assert row.logp_neg == pytest.approx(max(others), abs=1e-4)
         assert row.value == float(each[gold] > max(others))
+
+
+@pytest.mark.parametrize("beside", [(2, 4), (2, 8)])
+@pytest.mark.parametrize("steered", [None, "all", "answer", "generated"])
+def test_choices_after_one_question_are_scored_as_whole_rows(there, steered, beside, monkeypatch):
+    """Within 1e-4 nats: left-padded prefixes, groups of 1 to 7, short contexts, any token rule."""
+    model, rng = there[1], np.random.default_rng(0)
+    monkeypatch.setattr(shared, "_BESIDE", beside)
+    steer = None
+    if steered:
+        vector = steering_case.make_vector(model_sha=model.sha)
+        steer = Intervention(vector.at([1]) * 2, tokens=steered)
+
+    def some(n):
+        return tuple(rng.integers(5, model.arch.V, n).tolist())
+
+    pairs = []
+    for before, choices in ((21, 7), (33, 2), (9, 1), (12, 4), (3, 4), (40, 3), (17, 2)):
+        context = some(before)
+        pairs += [Scored(context + some(int(n)), before) for n in rng.integers(1, 20, choices)]
+    asked = []
+    monkeypatch.setattr(shared, "_after_prefix", noting(shared._after_prefix, asked))
+    cond = Condition(model, "base", steer=steer)
+    found = {}
+    for part in shared.scores(cond, pairs + pairs[:3], 8):
+        found |= part
+    assert asked and set(found) == set(pairs)
+    texts = [list(pair.ids) for pair in pairs], [pair.start for pair in pairs]
+    for pair, (logp, greedy) in zip(pairs, model.score_ids(*texts, steer, 5), strict=True):
+        assert found[pair][0] == pytest.approx(logp, abs=1e-4) and found[pair][1] == greedy
+
+
+def noting(function, calls):
+    def noted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return noted
+
+
+def test_what_has_to_see_the_whole_row_does(there, monkeypatch):
+    model = there[1]
+    monkeypatch.setattr(shared, "_after_prefix", None)
+    steer = SimpleNamespace(shares_prompt=False, steer=steering_case.make_vector().steer)
+    context = tuple(range(5, 30))
+    pairs = [Scored((*context, last, 7), 25) for last in (5, 6, 8)]
+    (found,) = shared.scores(Condition(model, "base", steer=steer), pairs, 4)
+    assert set(found) == set(pairs)
 
 
 def _labels(model) -> dict:

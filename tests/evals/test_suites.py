@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from reptune_jax import config
-from reptune_jax.evals.suites import readers, scoring, verdicts
+from reptune_jax.evals.suites import readers, scoring, tasks, verdicts
 from reptune_jax.evals.suites.readers import Question
 from tests.support import suites
 
@@ -21,6 +21,7 @@ COUNTS = {
     "piqa": 1838,
     "winogrande": 1267,
     "openbookqa": 500,
+    "bbh": 24 * 250 - (250 - 187) - (250 - 146) - (250 - 178) - 3,
 }
 
 
@@ -86,6 +87,20 @@ def test_truthfulqa_is_three_tests_of_one_row(folder, hub):
     assert {mc2.choices[i] for i in mc2.gold} == {"Rain is water.", "Water."}
 
 
+def test_bbh_has_the_choices_that_its_rows_list_or_are_known(folder):
+    found = {q.id.split("-")[1]: q for q in readers.read("bbh", folder)}
+    assert {*found} == {*readers._BBH_PARTS} - {"movie_recommendation"}  # whose target is no choice
+    assert {q.test for q in found.values()} == {"bbh"} and len(found) == 23
+    letters, words = found["snarks"], found["navigate"]
+    assert letters.contexts[0] == "Q: Which?\nOptions:\n(A) this\n(B) that\nA:"
+    assert (letters.choices, letters.gold) == (("(A)", "(B)"), {1})
+    assert (words.choices, words.gold) == (("Yes", "No"), {1})
+    counted = found["object_counting"]
+    assert len(counted.choices) == 19 and counted.gold == {0}
+    few = readers.read("bbh", folder, 7)
+    assert len({q.id for q in few}) <= 7 and few == readers.read("bbh", folder, 7)
+
+
 def test_a_limit_draws_the_same_rows_each_time(tmp_path):
     data = str(suites.write(tmp_path, times=20))
     drawn = [q.id for q in readers.read("piqa", data, 5)]
@@ -101,12 +116,12 @@ def test_missing_and_foreign_files_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"piqa\.jsonl.*'sol2'.*Row 0"):
         readers.read("piqa", str(tmp_path))
     (tmp_path / "piqa.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}\n')
-    with pytest.raises(ValueError, match=r"row 0 has no right choice"):
+    with pytest.raises(ValueError, match=r"no right choice of piqa.*Row 0"):
         readers.read("piqa", str(tmp_path))
 
 
 def test_every_suite_of_the_config_has_a_reader():
-    assert tuple(readers.READERS) == config.SUITES
+    assert {*readers.READERS, *tasks.TASKS} == {*config.SUITES}
 
 
 @pytest.mark.skipif(not (DATA and Path(DATA).is_dir()), reason="no REPTUNE_SUITES")

@@ -147,12 +147,9 @@ def test_an_answer_that_has_begun_is_gone_on_with(tok):
     tok.chat_template = tiny.CHATML
     turns = [*USER, {"role": "assistant", "content": "Well,"}]
     want = tok.apply_chat_template(turns, tokenize=False, continue_final_message=True)
-    assert templates.chat_text(tok, turns) == want == templates.chat_text(tok, USER) + "Well,"
-    closed = templates.chat_text(tok, turns, add_generation_prompt=False)
-    assert closed == tok.apply_chat_template(turns, tokenize=False) != want
+    assert templates.prompt_text(tok, turns) == want == templates.chat_text(tok, USER) + "Well,"
+    assert templates.prompt_text(tok, USER) == templates.chat_text(tok, USER)
     (end,) = tok.encode("<|im_end|>", add_special_tokens=False)
-    ids = templates.encode(
-        tok, templates.chat_text(tok, [*USER, {**turns[1], "content": "<|im_end|>"}])
-    )
-    asked = templates.encode(tok, templates.chat_text(tok, USER))
+    ended = [*USER, {"role": "assistant", "content": "<|im_end|>"}]
+    asked, ids = (templates.encode(tok, templates.prompt_text(tok, t)) for t in (USER, ended))
     assert ids[: len(asked)] == asked and end not in ids[len(asked) :]

@@ -45,7 +45,7 @@ def test_scores_after_a_shared_prefix_are_those_of_the_whole_rows(steered, ours)
     ids, steer = rows(37), steering(ours) if steered else None
     starts = [len(r) - 3 for r in ids]
     prefix, P = ours.split_prefix(ids, min(starts) - 1, steer)
-    assert P == 32 and prefix.tokens_1xP.shape == (1, 32)
+    assert P == 32 and prefix.tokens_GxP.shape == (1, 32)
     got = ours.score_ids(ids, starts, steer)
     for row, start, (value, _) in zip(ids, starts, got, strict=True):
         logits = np.asarray(ours.forward(np.array([row]), steer=steer).logits_BxTxV)[0]

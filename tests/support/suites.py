@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from reptune_jax.evals.suites import readers
+
 _ABCD = ["A", "B", "C", "D"]
 
 
@@ -43,6 +45,21 @@ ROWS: dict[str, dict] = {
 }  # fmt: skip
 
 
+GSM8K = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
+# One row a part: listed by letters, listed by words, or known.
+BBH = {
+    part: {"input": "How many?", "target": known[0]}
+    for part, known in readers._BBH.items()
+} | {
+    part: {"input": "Which?\nOptions:\n(A) this\n(B) that", "target": "(B)"}
+    for part in readers._BBH_PARTS
+    if part not in readers._BBH
+} | {
+    "navigate": {"input": "Back?\nOptions:\n- Yes\n- No", "target": "No"},
+    "movie_recommendation": {"input": "Which?\nOptions:\n(A) a\n(B) b", "target": "Monsters, Inc"},
+}  # fmt: skip
+
+
 def write(folder: Path, times: int = 1) -> Path:
     """Each suite's file with its row so many times, a little changed."""
     for name, row in ROWS.items():
@@ -59,4 +76,11 @@ def write(folder: Path, times: int = 1) -> Path:
             if path.suffix == ".json"
             else "".join(json.dumps(one) + "\n" for one in rows)
         )
+    for part, row in BBH.items():
+        path = folder / f"bbh/{part}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"canary": "c", "examples": [row] * times}))
+    gsm8k = folder / "gsm8k/test.jsonl"
+    gsm8k.parent.mkdir(exist_ok=True)
+    gsm8k.write_text((json.dumps(GSM8K) + "\n") * times)
     return folder

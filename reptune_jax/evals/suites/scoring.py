@@ -1,25 +1,20 @@
 """Questions to rows: log-probabilities of the choices, and what they are worth."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row, sha
+from reptune_jax.evals.suites import shared
 from reptune_jax.evals.suites.readers import MC2, Question
+from reptune_jax.evals.suites.shared import Scored
 from reptune_jax.hub import text
 from reptune_jax.hub import tokenizer as tokenizers
 
 _BATCHES = 4  # between two steps of the progress bar
-
-
-class Scored(NamedTuple):
-    """A text, and where what is scored of it begins."""
-
-    ids: tuple[int, ...]
-    start: int
 
 
 def rows(
@@ -101,7 +96,7 @@ def encoder(cond: Condition) -> Callable[[str, str], Scored]:
 
 
 def _scores(cond: Condition, pairs: list[Scored], batch: int) -> dict[Scored, float]:
-    """log p of each; by length, so that a batch has little padding and few shapes are compiled."""
+    """log p of each."""
     single: dict[tuple[int, ...], list[Scored]] = {}  # of one token: letters share their context
     for pair in pairs:
         if len(pair.ids) == pair.start + 1:
@@ -111,12 +106,10 @@ def _scores(cond: Condition, pairs: list[Scored], batch: int) -> dict[Scored, fl
     with tqdm(
         total=len(several) + len(single), desc=cond.title, unit="text", delay=2, leave=False
     ) as bar:
-        for part in _parts(several, batch, lambda pair: (len(pair.ids), pair.start)):
-            ids, starts = [list(pair.ids) for pair in part], [pair.start for pair in part]
-            logp = cond.model.score_ids(ids, starts, cond.steer, batch, missing=True)
-            found |= {pair: score for pair, (score, _) in zip(part, logp, strict=True)}
+        for part in shared.scores(cond, several, batch):
+            found |= {pair: score for pair, (score, _) in part.items()}
             bar.update(len(part))
-        for context in _parts([*single], batch, len):
+        for context in _parts([*single], batch):
             of = [single[ids] for ids in context]
             most = max(map(len, of))
             last_IxC = np.array([np.resize([pair.ids[-1] for pair in one], most) for one in of])
@@ -128,7 +121,7 @@ def _scores(cond: Condition, pairs: list[Scored], batch: int) -> dict[Scored, fl
     return found
 
 
-def _parts(texts: list[Any], batch: int, length: Any) -> Iterator[list[Any]]:
+def _parts(texts: list[tuple[int, ...]], batch: int) -> Iterator[list[tuple[int, ...]]]:
     """The texts by length, some batches at a time."""
-    ordered, step = sorted(texts, key=length), _BATCHES * batch
+    ordered, step = sorted(texts, key=len), _BATCHES * batch
     yield from (ordered[i : i + step] for i in range(0, len(ordered), step))
