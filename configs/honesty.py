@@ -24,12 +24,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vector.position = "before_answer"
     c.vector.pairs = 64
     c.loss.position = "before_answer"
-    c.loss.layers = (8, 16)
+    c.loss.layers = ("0.29", "0.57")  # of 28: 8 to 15
     c.loss.cosine = 8.0
     c.loss.center = True
     c.loss.retain = 1.0
     c.loss.ending = 0.0  # a verdict is one token: there is no going on to hold
-    c.train.layers = (8, 16)
+    c.train.layers = c.loss.layers
     c.train.steps = 150
     c.train.batch = 8
     c.train.retain_batch = 2
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.eval_every = 25
     c.train.measure_every = 0
     c.train.val_rows = 48
-    c.steer.layers = (12,)
+    c.steer.layers = ("0.43",)
     c.steer.doses = (1.0, 2.0, 4.0)
     c.steer.documents = 4
     c.eval.splits = ("test",)
@@ -74,6 +74,8 @@ def cpu(c: ConfigDict) -> ConfigDict:
 def quick(c: ConfigDict) -> ConfigDict:
     """The + side of fewer arms, steps and claims, one seed."""
     c.model = "Qwen/Qwen2.5-0.5B-Instruct"
+    c.loss.layers = c.train.layers = ("0.33", "0.67")
+    c.steer.layers = ("0.5",)
     c.vector.pairs = 24
     c.train.steps = 24
     c.train.batch = 4

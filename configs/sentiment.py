@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.vector.answer_tokens = 24
     # Persona answers alone cap the effect; written under the vector too, they pull further.
     c.targets.dose = 2.0
-    c.targets.layers = (20,)
+    c.targets.layers = ("0.67",)
     c.targets.max_repeat = 0.0  # loops are learned as readily as sentiment
     c.targets.best_share = 0.5
     c.loss.cosine = 8.0
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.measure_every = 12
     c.train.eval_every = 12
     c.train.val_rows = 24
-    c.steer.layers = (15, 20)
+    c.steer.layers = ("0.5", "0.67")
     c.eval.splits = ("test",)
     c.eval.val_prompts = 48
     c.eval.documents = 12
@@ -66,7 +66,7 @@ def quick(c: ConfigDict) -> ConfigDict:
     c.train.warmup = 2
     c.train.eval_every = 12
     c.train.measure_every = 0
-    c.steer.layers = (20,)
+    c.steer.layers = ("0.67",)
     c.steer.doses = (1.0, 2.0)
     c.steer.documents = 4
     c.steer.max_kl = 0.0

@@ -1,5 +1,8 @@
 """Everything a run depends on, in one place: defaults and arms.
 
+Layers are numbers, counted from 0 (15), or shares of the depth ("0.5"), which `depth` turns into
+numbers of the model.
+
 `roles` says what a key is to a result, `ranges` what values it may have.
 
 A config is a Python file with `get_config(arg="")` that starts from `default()` and changes what it
@@ -79,7 +82,7 @@ def default() -> ConfigDict:
     c.targets.answers = "persona"  # what the personas write; given: the behavior's own texts
     c.targets.prompts = 0  # tuning prompts used, 0 = all
     c.targets.dose = 0.0  # persona answers written under this dose of the vector too
-    c.targets.layers = (15,)  # … added at these layers
+    c.targets.layers = ("0.5",)  # … added at these layers: numbers, or shares of the depth
     c.targets.max_repeat = 0.1  # answers that repeat more of their 4-token runs are dropped
     c.targets.best_share = 1.0  # the best share of the rest by the model's own persona odds
     c.loss = _loss()
@@ -132,7 +135,7 @@ def _loss() -> ConfigDict:
     c.mode = "in"  # in: (1 - s cos)/2; out: |cos|; shift: (cos - (base cos + s shift))^2
     c.shift = 0.1  # of mode shift
     c.targets = "behavior"  # behavior: the sign's own; neutral: both signs, half each
-    c.layers = (10, 20)  # [first, stop) layers whose cosine counts
+    c.layers = ("0.33", "0.67")  # [first, stop) layers whose cosine counts
     c.position = "response"  # tokens whose cosine counts
     c.center = False  # cosine from the class mean instead of from zero
     c.anneal = ConfigDict()  # factor of each weight at the first and the last step, linear between
@@ -152,7 +155,7 @@ def also_behavior(folder: str) -> ConfigDict:
     c.token = 1.0  # weight of its cross-entropy
     c.cosine = 1.0  # weight of its cosine loss
     c.targets = "behavior"  # behavior | neutral; mode out: neutral
-    c.layers = (10, 20)  # [first, stop) layers whose cosine counts
+    c.layers = ("0.33", "0.67")  # [first, stop) layers whose cosine counts
     c.position = "response"  # tokens whose cosine counts
     c.batch = 4  # its rows per step
     c.anneal = (1.0, 1.0)  # factor of both weights at the first and the last step
@@ -162,7 +165,7 @@ def also_behavior(folder: str) -> ConfigDict:
 def _train() -> ConfigDict:
     """What is trained, and how."""
     c = ConfigDict()
-    c.layers = (10, 20)  # [first, stop) layers that are trained
+    c.layers = ("0.33", "0.67")  # [first, stop) layers that are trained
     c.templates = ("lettered",)  # how claims are asked in tuning
     c.modules = ("attn/v", "attn/o")  # patterns of weights in them
     c.lora = ConfigDict()  # adapters on those projections instead of whole weights
@@ -202,7 +205,7 @@ def _train() -> ConfigDict:
 def _steer() -> ConfigDict:
     """The sweep, scored on the validation split."""
     c = ConfigDict()
-    c.layers = (10, 15, 20)
+    c.layers = ("0.33", "0.5", "0.67")
     c.doses = (0.5, 1.0, 2.0)
     c.width = 1  # layers from each of these on that are steered together
     c.operation = "add"  # add | ablate | clamp | rescale | rotate, whose dose is in degrees

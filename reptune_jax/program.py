@@ -13,7 +13,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from reptune_jax import background, command_line, distributed, ending, lm, mesh, ranges
+from reptune_jax import background, command_line, depth, distributed, ending, lm, mesh, ranges
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import schema
@@ -47,6 +47,7 @@ def main(run: Callable[..., Any], doc: str | None, of_study: bool = False) -> No
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; see --help.")
         c = ranges.check(flag.value)
+        depth.settle(c)
         start()
         distributed.start(coordinator.value, processes.value, process_id.value)
         run(c, Path(str(workdir.value)))
@@ -110,7 +111,8 @@ def load_model(c: ConfigDict) -> Model:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
     where = mesh.make_mesh(**c.mesh.to_dict())
     source = open_source(c.model)
-    check_depth(c, source.arch().N)
+    depth.settle(c, source.arch().N)
+    depth.check(c, source.arch().N)
     if source.tokenizer is None:
         raise ValueError(f"{c.model}: has no tokenizer, expected a chat model. Add its files.")
     templates.use(source.tokenizer, templates.parse(c.template_arguments))
@@ -125,23 +127,6 @@ def load_model(c: ConfigDict) -> Model:
     training = model.kernel("right") if c.train.flash else attention.XLA
     say(f"attention: {training} in training, {model.kernel('any')} elsewhere")
     return model
-
-
-def check_depth(c: ConfigDict, N: int) -> None:
-    """Raises ValueError where a key names a layer that a model of N layers does not have."""
-    keys = {"train.layers": c.train.layers, "loss.layers": c.loss.layers}
-    keys |= {f"loss.also.{name}.layers": one.layers for name, one in c.loss.also.items()}
-    layers = {key: (first, stop - 1) for key, (first, stop) in keys.items()}
-    keys["steer.layers"] = c.steer.layers
-    layers["steer.layers"] = tuple(l + i for l in c.steer.layers for i in (0, c.steer.width - 1))
-    if c.targets.dose:
-        keys["targets.layers"] = layers["targets.layers"] = c.targets.layers
-    for key, named in layers.items():
-        if any(not 0 <= layer < N for layer in named):
-            raise ValueError(
-                f"{key}: got {tuple(keys[key])}, expected layers of {c.model}, which has {N}, "
-                "counted from 0. A range's end is not in it."
-            )
 
 
 def for_user(e: BaseException) -> str:

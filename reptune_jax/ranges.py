@@ -7,6 +7,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
+from reptune_jax import depth
 from reptune_jax.hub import templates
 from reptune_jax.model import intervene
 
@@ -30,11 +31,23 @@ class Range(NamedTuple):
         return bool(fits and value <= self.high and math.isfinite(value))  # never NaN
 
 
+class Layer:
+    """A layer's number, or a share of the depth."""
+
+    def __str__(self) -> str:
+        return "layers, counted from 0, or shares of the depth such as 0.5"
+
+    def __contains__(self, value: Any) -> bool:
+        return depth.number(value) or depth.share(value)
+
+
 _COUNT, _AT_LEAST_ONE, _WEIGHT, _SHARE = Range(0), Range(1), Range(0, 1e6), Range(0, 1)
 _DOSE, _RATE = Range(-1e4, 1e4), Range(0, 1, above=True)
 _MOMENT = Range(0, 0.9999999)
 
-RANGES: dict[str, Range | tuple[Any, ...]] = {
+_LAYER = Layer()
+
+RANGES: dict[str, Range | Layer | tuple[Any, ...]] = {
     "dtype": ("", "float32", "bfloat16", "float16"),
     "arm": tuple(configs.ARMS),
     "sign": (1, -1),
@@ -50,7 +63,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "targets.answers": ("persona", "given"),
     "targets.prompts": _COUNT,
     "targets.dose": _DOSE,
-    "targets.layers": _COUNT,
+    "targets.layers": _LAYER,
     "targets.max_repeat": _SHARE,
     "targets.best_share": _RATE,
     "loss.token": _WEIGHT,
@@ -66,7 +79,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "loss.mode": configs.MODES,
     "loss.shift": Range(-2, 2),
     "loss.targets": ("behavior", "neutral"),
-    "loss.layers": _COUNT,
+    "loss.layers": _LAYER,
     "loss.anneal.*": _WEIGHT,
     "loss.also.*.sign": (1, -1),
     "loss.also.*.mode": (*configs.MODES, "hold"),
@@ -74,10 +87,10 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "loss.also.*.token": _WEIGHT,
     "loss.also.*.cosine": _WEIGHT,
     "loss.also.*.targets": ("behavior", "neutral"),
-    "loss.also.*.layers": _COUNT,
+    "loss.also.*.layers": _LAYER,
     "loss.also.*.batch": _AT_LEAST_ONE,
     "loss.also.*.anneal": _WEIGHT,
-    "train.layers": _COUNT,
+    "train.layers": _LAYER,
     "train.lora.rank": _COUNT,
     "train.lora.alpha": Range(0, above=True),
     "train.steps": _AT_LEAST_ONE,
@@ -107,7 +120,7 @@ RANGES: dict[str, Range | tuple[Any, ...]] = {
     "train.save_minutes": _COUNT,
     "train.peak_tflops": _COUNT,
     "train.profile": _COUNT,
-    "steer.layers": _COUNT,
+    "steer.layers": _LAYER,
     "steer.doses": Range(0, 1e4, above=True),
     "steer.width": _AT_LEAST_ONE,
     "steer.operation": intervene.OPERATIONS,
@@ -181,7 +194,7 @@ def check(config: ConfigDict) -> ConfigDict:
         allowed = RANGES.get(key) or RANGES.get(_any_name(key))
         for one in value if isinstance(value, tuple) else (value,):
             if allowed is not None and one not in allowed:
-                names = allowed if isinstance(allowed, Range) else _names(allowed)
+                names = allowed if isinstance(allowed, Range | Layer) else _names(allowed)
                 raise ValueError(f"{key}: got {one!r}, expected {names}.")
     if not out.model:
         raise ValueError(
@@ -234,7 +247,8 @@ def _check_losses(c: ConfigDict) -> None:
                 f"train.accumulate={c.train.accumulate}."
             )
     for key, value in spans.items():
-        if len(value) != 2 or not value[0] < value[1]:
+        alike = len({*map(depth.number, value)}) == 1  # else the depth decides
+        if len(value) != 2 or (alike and not float(value[0]) < float(value[1])):
             raise ValueError(f"{key}: got {value}, expected first < stop. Example: (10, 20).")
     for key, value in ends.items():
         if len(value) != 2:

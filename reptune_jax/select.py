@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from reptune_jax import distributed, program, roles
+from reptune_jax import depth, distributed, program, roles
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
@@ -108,7 +107,7 @@ def run(c: ConfigDict, workdir: Path) -> Path:
     measures.check(judging.declared(c, behavior), c.study.primary, formats)
     with study.writing():
         model = program.load_model(c)
-        layers = layers_of(c, model.arch.N)
+        layers = depth.numbers("select.layers", c.select.layers, model.arch.N, c.model)
         study.claim(c)
         search = Search(c, study, model, behavior)
         first = [Setting(*source, layer) for source in sources for layer in layers]
@@ -133,27 +132,6 @@ def run(c: ConfigDict, workdir: Path) -> Path:
         distributed.once(lambda: write_whole(study.select, roles.as_file(chosen, why)))
     say(f"chosen: {about(order[0])}. Use it with --config={study.select}")
     return study.select
-
-
-def layers_of(c: ConfigDict, N: int) -> list[int]:
-    """The layers that are tried, of a model of N: "15" is that one, "0.5" the one at half depth.
-
-    Raises:
-      ValueError: something else, or a layer that it does not have.
-    """
-    found = []
-    for text in c.select.layers:
-        share = re.fullmatch(r"(0?\.\d+|1\.0*)", text)
-        layer = (
-            min(round(float(text) * N), N - 1) if share else int(text) if text.isdecimal() else N
-        )
-        if layer >= N:
-            raise ValueError(
-                f"select.layers: got {text}, expected layers of {c.model}, which has {N}, counted "
-                "from 0, or shares of its depth such as 0.5."
-            )
-        found.append(layer)
-    return sorted(set(found))
 
 
 def further(c: ConfigDict, best: Sequence[Setting], N: int) -> list[Setting]:

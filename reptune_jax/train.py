@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import distributed, program
+from reptune_jax import depth, distributed, program
 from reptune_jax.config import TUNED_ARMS, armed
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
@@ -35,6 +35,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
             f"arm: got {c.arm!r}, expected one of {', '.join(TUNED_ARMS)}. "
             "The others train nothing: see evals.baseline and evals.steering."
         )
+    depth.settle(c)
     study = Study(workdir)
     tuned = study.run(RunName.of(c))
     study.check(c)

@@ -123,12 +123,12 @@ def test_a_config_that_is_not_there_is_named(given: str, message: str) -> None:
         ("study.arms", "base", ("base",)),
         ("study.arms", "base,'steer'", ("base", "steer")),
         ("study.arms", '("base","steer")', ("base", "steer")),
-        ("loss.also.honesty.layers", "8,16", (8, 16)),
+        ("loss.also.honesty.layers", "8,16", ("8", "16")),
         ("train.modules", "('attn/v', 'attn/o')", ("attn/v", "attn/o")),
         ("study.arms", "('base', 'steer')", ("base", "steer")),
         ("study.signs", "1,-1", (1, -1)),
         ("study.seeds", "3", (3,)),
-        ("train.layers", "[10, 20]", (10, 20)),
+        ("train.layers", "[10, 20]", ("10", "20")),
         ("train.modules", "attn/v, attn/o", ("attn/v", "attn/o")),
         ("steer.doses", "1,2.5", (1.0, 2.5)),
         ("loss.anneal.cosine", "1,0", (1.0, 0.0)),
@@ -141,8 +141,8 @@ def test_tuples_are_given_as_plain_lists(key: str, text: str, expected: tuple) -
 
 
 def test_a_list_of_something_else_is_named() -> None:
-    with pytest.raises(ValueError, match=r"train\.layers: got 'low,high', expected whole numbers"):
-        command_line.prepare(["--config.train.layers=low,high"])
+    with pytest.raises(ValueError, match=r"study\.seeds: got 'low,high', expected whole numbers"):
+        command_line.prepare(["--config.study.seeds=low,high"])
     assert command_line.prepare(["--config.train.lr=1e-4"]) == ["--config.train.lr=1e-4"]
 
 
@@ -194,7 +194,7 @@ def test_the_run_that_stands_for_a_study(tmp_path: Path, capsys) -> None:
         (["train", "--config=sentiment", "--wrkdir=w"], "wrkdir"),
         (
             ["train", "--config=honesty:slow", "--workdir=w"],
-            "got 'slow', expected nothing or 'quick'",
+            "got 'slow', expected nothing, 'cpu' or 'quick'",
         ),
         (["extract", "--config=sentiment", "--workdir="], "--workdir: got '', nothing, expected"),
         (

@@ -29,6 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("mesh",),
     ("model",),
     ("hub",),
+    ("depth",),  # layers by number
     ("ranges",),  # of values that a config may have
     ("lm",),
     ("data",),

@@ -7,7 +7,7 @@ import runpy
 import jax
 import pytest
 
-from reptune_jax import config, ranges, select
+from reptune_jax import config, depth, ranges, select
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.evals.bench import Bench
 from reptune_jax.evals.results import Row
@@ -117,13 +117,11 @@ def test_an_answer_is_broken_where_it_says_nothing_or_repeats_itself():
 def test_depths_are_of_the_model_and_layers_are_in_it(settings):
     c = settings.copy_and_resolve_references()
     for wrong in ("2", "-1", "1.5", "half", "0.5x"):
-        c.select.layers = (wrong,)
-        with pytest.raises(ValueError, match=f"select.layers: got {wrong}, expected .* has 2"):
-            select.layers_of(c, 2)
-    c.select.layers = ("0.3", ".5", "0.8", "1.0", "7")
-    assert select.layers_of(c, 30) == [7, 9, 15, 24, 29]
-    c.select.layers = c.select.layers[:4]
-    assert select.layers_of(c, 4) == [1, 2, 3]
+        with pytest.raises(ValueError, match=f"select.layers: got {wrong}, expected layers"):
+            depth.numbers("select.layers", (wrong,), 2, "m")
+    asked = ("0.3", ".5", "0.8", "1.0", "7")
+    assert depth.numbers("select.layers", asked, 30, "m") == [7, 9, 15, 24, 29]
+    assert depth.numbers("select.layers", asked[:4], 4, "m") == [1, 2, 3]
     c.select.widths, c.select.tokens = (1, 4), ("all",)
     found = select.further(c, [HERE], 4)
     assert {(one.layer, one.width) for one in found} == {(2, 1)}  # 1 to 4 are not all there

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from reptune_jax import config as configs
+from reptune_jax import depth
 from reptune_jax import mesh as meshes
 from reptune_jax.cost import collectives, flops, hardware
 from reptune_jax.cost.collectives import Traffic, traffic
@@ -40,6 +41,7 @@ def run(c: ConfigDict, topology: str, model_config: str, tokens: int, labels: in
     """Prints the plan; exits with 2 where the step does not fit."""
     kind, shape = hardware.parse(topology)
     arch = families.from_config(_shape_of(model_config or c.model))
+    depth.settle(c, arch.N)
     mesh = meshes.make_mesh(**c.mesh.to_dict(), devices=_devices(kind, shape))
     dtype = jnp.dtype(c.dtype or "bfloat16")
     chip = hardware.CHIPS.get(kind)

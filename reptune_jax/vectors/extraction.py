@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from reptune_jax import distributed
+from reptune_jax import depth, distributed
 from reptune_jax.console import say
 from reptune_jax.data import adopt, foreign, schema
 from reptune_jax.data import behavior as behaviors
@@ -30,6 +30,7 @@ Sides = list[list[Answer]]  # of the persona and of its opposite
 
 def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVector:
     """Makes, or reads, the study's vector and targets; `load` is called if a model is needed."""
+    depth.settle(c)
     behavior = behaviors.load(c.behavior)
     behavior.check(c, "train")
     study.check(c)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from reptune_jax import config, program, ranges
+from reptune_jax import config, depth, ranges
 from reptune_jax.evals import arms
 from reptune_jax.evals.sweep import Cell, choose, spends
 from tests.support.steering_case import make_vector
@@ -78,6 +78,6 @@ def test_what_a_config_cannot_mean_by_steering_is_refused():
     c = config.default()
     c.model, c.steer.layers, c.steer.width = "m", (2,), 3
     c.train.layers = c.loss.layers = (1, 3)
-    program.check_depth(c, 5)
+    depth.check(c, 5)
     with pytest.raises(ValueError, match=r"steer.layers: got \(2,\), expected layers of m, .* 4"):
-        program.check_depth(c, 4)
+        depth.check(c, 4)
