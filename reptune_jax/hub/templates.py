@@ -71,6 +71,7 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Ids of a rendered chat. The template has written its special tokens: none are added."""
+    check_text(text)
     ids: list[int] = []
     for i, part in enumerate(_MASK.split(text)):
         if i % 2:  # between two pieces, so that nothing is merged with what is around it
@@ -79,6 +80,18 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
         else:
             ids += tokenizer.encode(part, add_special_tokens=False)
     return ids
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        around = text[max(0, e.start - 20) : e.start + 20]
+        raise ValueError(
+            f"text: got half a surrogate pair in {around!r}, expected whole characters. Decode its "
+            "source again, or drop it."
+        ) from None
 
 
 def use(tokenizer: "PreTrainedTokenizerBase", given: Mapping[str, Any]) -> None:

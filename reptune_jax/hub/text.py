@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from reptune_jax.console import say
 from reptune_jax.hub import template_bounds
-from reptune_jax.hub.templates import chat_text
+from reptune_jax.hub.templates import chat_text, check_text
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ def need(tokenizer: "PreTrainedTokenizerBase | None", model: str) -> None:
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Ids of raw text."""
+    check_text(text)
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     return [*_absent(tokenizer, text, ids), *ids]
 
@@ -42,6 +43,7 @@ def encode_pair(
       ValueError: the continuation has no token of its own.
     """
     text = context + continuation
+    check_text(text)
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(context)), None)

@@ -110,6 +110,7 @@ def _is_side(value: Any) -> bool:
 def span(model: Model, side: Side, position: str | int) -> Span:
     """One side as ids, with the tokens that are read."""
     prompt, completion = (side, "") if isinstance(side, str) else side
+    templates.check_text(completion)
     more_ids = model.tokenizer.encode(completion, add_special_tokens=False)
     prompt_ids = model.encode_prompt(prompt, chat=False)
     ids = known_ids(model.tokenizer, prompt_ids + more_ids, model.arch.V)

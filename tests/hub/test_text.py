@@ -138,3 +138,17 @@ def test_neutral_text_and_its_pieces_begin_as_text_does(ours, monkeypatch):
         for d in tiny_behavior.neutral("prose", "train")
     ]
     assert said[: 2 * 15] == whole[0][: 2 * 15]  # nothing is lost between two pieces
+
+
+def test_half_a_character_is_refused_by_name_wherever_text_is_taken(ours):
+    half = "so \ud800 far"
+    for take in (
+        lambda: ours.generate([half], 1),
+        lambda: ours.generate([half], 1, chat=False),
+        lambda: ours.generate([[{"role": "user", "content": half}]], 1),
+        lambda: ours.loglikelihood([("well", half)]),
+        lambda: rt.extract(ours, [(half, "bad")]),
+        lambda: rt.extract(ours, [(("Well?", half), ("Well?", "bad"))]),
+    ):
+        with pytest.raises(ValueError, match=r"half a surrogate pair in .*so \\ud800 far"):
+            take()

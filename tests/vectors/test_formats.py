@@ -255,6 +255,30 @@ def test_a_model_is_no_control_vector(tmp_path):
         rt.SteeringVector.load(tmp_path / "v.gguf")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_file_of_any_format_is_refused_or_finite(name, tmp_path):
+    """Cut, bytes changed, bytes put in: one line that names the file, or numbers."""
+    vector().save(tmp_path / name)
+    whole, rng = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for i in range(60):
+        data, at = bytearray(whole), int(rng.integers(0, len(whole)))
+        some = rng.integers(0, 256, 8).astype(np.uint8).tobytes()
+        if i % 3 == 0:
+            del data[at:]
+        elif i % 3 == 1:
+            data[at] ^= 1 << int(rng.integers(0, 8))
+        else:
+            data[at:at] = some
+        (tmp_path / name).write_bytes(data)
+        try:
+            assert np.isfinite(rt.SteeringVector.load(tmp_path / name).directions_NxD).all()
+        except ValueError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error)
+    assert refused > 20
+
+
 def test_a_truncated_file_of_any_format_is_refused(tmp_path):
     for name in NAMES:
         path = tmp_path / name
