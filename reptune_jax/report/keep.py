@@ -1,12 +1,14 @@
-"""What is kept of a study when its folder is gone: config, tables, per-item results, provenance.
+"""What is kept of a study when its folder is gone: config, vector, tables, results, provenance.
 
 results/sentiment/          a study folder again: `reptune report results/sentiment` reads it
   README.md                 where it comes from, and every table of the report
   summary.json              dual by the primary measure, and against each rival
   config.json
+  vector.safetensors        the behavior's, for `rt.SteeringVector.load`
   results/items.parquet     unless it is large
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -23,6 +25,7 @@ from reptune_jax.report import markdown, outcomes
 from reptune_jax.report import study as studies
 from reptune_jax.report.blocks import interval, number
 from reptune_jax.report.study import BASE, Study
+from reptune_jax.vectors.steering_vector import SteeringVector
 
 _LARGE = 4 << 20  # bytes of per-item results
 
@@ -41,6 +44,10 @@ def keep(study: Study, to: Path, note: str = "") -> Path:
         for one in (values.get("loss") or {}).get("also", {}).values():
             one["folder"] = public_name(one["folder"])
         kept.config.write_text(_as_json(config), encoding="utf-8")
+        if study.folder.vector.exists():
+            vector = SteeringVector.load(study.folder.vector)
+            meta = vector.meta | {"model": public_name(str(vector.meta.get("model", "")))}
+            dataclasses.replace(vector, meta=meta).save(kept.vector)
         kept.items.parent.mkdir()
         rows = pa.Table.from_pandas(study.rows[SCHEMA.names], SCHEMA, preserve_index=False)
         pq.write_table(rows, kept.items, compression="zstd")

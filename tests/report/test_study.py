@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 
 from reptune_jax.report import keep, markdown, study
+from reptune_jax.vectors.steering_vector import SteeringVector
+from tests.support import steering_case
 from tests.support.synthetic import synthetic_study
 
 
@@ -15,14 +17,22 @@ def test_what_is_kept_is_a_study_again_and_names_no_folder(tmp_path):
     config["config"] |= {"model": "/home/somebody/model.gguf", "behavior": "/home/somebody/b.jsonl"}
     config["config"]["loss"] = {"also": {"mood": {"folder": "/home/somebody/runs/mood"}}}
     (folder / "config.json").write_text(json.dumps(config))
+    vector = steering_case.make_vector(model="/home/somebody/model.gguf", pairs=3)
+    vector.save(folder / "vector.safetensors")
     whole = study.read(folder)
     kept = keep.keep(whole, tmp_path / "results" / "kept", "by hand, in no time")
     assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == {
-        "README.md", "config.json", "summary.json", "results/items.parquet"
+        "README.md", "config.json", "summary.json", "results/items.parquet", "vector.safetensors"
     }  # fmt: skip
     page = (kept / "README.md").read_text()
     assert "by hand, in no time" in page and markdown.render(whole) in page
     assert "/home" not in page + (kept / "config.json").read_text()
+    again = SteeringVector.load(kept / "vector.safetensors")
+    assert (again.digest, again.meta["model"], again.meta["pairs"]) == (
+        vector.digest,
+        "model.gguf",
+        3,
+    )
     told = json.loads((kept / "summary.json").read_text())
     assert told["model"] == "model.gguf" and (told["items"], told["seeds"]) == (8, 1)
     for dual in told["dual"]:  # as in the tables
