@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, precision
-from tests.support import tiny
+from benchmarks import choices, decode, precision
+from tests.support import tiny, tiny_behavior
 
 B, PROMPT, TOKENS = 2, 5, 4
 
@@ -53,3 +53,31 @@ def test_precision_holds_a_whole_model_against_float64(tmp_path):
             line.dtype
         ]
         assert low < line.ours < high and low < line.torch < high, line
+
+
+def test_fixed_choices_are_held_against_what_was_selected(tmp_path, monkeypatch, capsys):
+    """Every layer, the zone and the depth, each at a dose of its own within the budget."""
+    tiny_behavior.patch_neutral(monkeypatch)
+    c = tiny_behavior.settings(
+        tiny.make_llama(tmp_path / "model"),
+        tiny_behavior.write(tmp_path),
+        study__primary="logodds:free",
+        select__methods=("mean_diff", "pca_center"),
+        select__layers=("0", "1"),
+        select__widths=(1,),
+        select__operations=("add", "rotate"),
+        select__keep=1,
+        select__max_kl=0.5,
+        select__broken=1.0,
+    )
+    lines = choices.compare(c, tmp_path / "choices", 3)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    names = [row[0] for row in rows[2:]]
+    assert names[:3] == ["select", "repeng's zone", "the paper's depth"]
+    assert [name.split(", ")[1] for name in names[3:]] == [
+        f"the {which} of all" for which in ("best", "median", "worst")
+    ]
+    assert all(0 < float(row[3]) < 5 for row in rows[2:]) and rows[2][-1] == ""
+    printed = capsys.readouterr().out
+    assert all(f"  layer {layer}: " in printed for layer in range(4))
+    assert lines[-1].endswith("of 4.")

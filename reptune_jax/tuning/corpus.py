@@ -84,6 +84,13 @@ class Corpus(NamedTuple):
         rows = sum(self.batches) + (R if self.retention is not None else 0)
         return sum(self.batches), rows * self.train.tokens_BxT.shape[1]
 
+    def real_share(self, R: int) -> float:
+        """Of a step's tokens, those that are no padding: the mean over all rows that are taken."""
+        sides = [(sum(self.batches), self.train.mask_BxT)]
+        if self.retention is not None:
+            sides.append((R, self.retention.mask_BxT))
+        return float(np.average([m.mean() for _, m in sides], weights=[n for n, _ in sides]))
+
     def batch(self, seed: int, step: int, R: int) -> Batch:
         """A step's examples, and R rows of retention text where there is any."""
         at = choose_of_each(self.sizes, self.batches, seed, step)

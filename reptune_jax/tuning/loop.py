@@ -52,6 +52,7 @@ def tune(job: Job, model: Model) -> None:
         if saved.latest() is None:  # what every later step must beat
             log.settings(job.folder.name, job.c.to_dict(), run.validate(state))
         batch = run.batch(int(state.step))
+        say(f"tokens: {corpus.real_share(train.retain_batch):.0%} are real, the others padding")
         run.flops = flops.batch_flops(model.arch, train.layers, state.trained, batch)["total"]
         args = state, objective, batch, run.put(True)
         step = compiled(decoder, args, train, mesh)

@@ -86,3 +86,13 @@ def test_few_rows_are_drawn_by_the_seed(tmp_path):
     c.train.rows = 10
     with pytest.raises(ValueError, match=r"train.rows: got 10, expected at most the 9 tuning rows"):
         corpus._some(found, c)
+
+
+def test_the_share_of_real_tokens_weighs_rows_as_steps_take_them():
+    def rows(*lengths, T=8):
+        each = [corpus.Example([1] * n, [0], [[(1, 1.0)]], (0, 1)) for n in lengths]
+        return corpus._stack([each], 0, T)
+
+    whole = corpus.Corpus(rows(8, 4), rows(1), None, None, (2,), (3,))
+    assert whole.real_share(5) == 0.75
+    assert whole._replace(retention=rows(2, 2)).real_share(1) == (3 * 0.75 + 0.25) / 4
