@@ -88,6 +88,6 @@ def _after_prefix(
         model.as_steer(cond.steer, tokens, mask, first_B),
         L=-(-max(len(row.ids) - row.start for row in rows) // BUCKET) * BUCKET,
     )
-    logp_B = np.where(np.isfinite(logp_B := meshes.fetch(logp_B)), logp_B, np.nan)
-    found = zip(rows, logp_B.tolist(), meshes.fetch(greedy_B).tolist(), strict=True)
-    return {row: (logp, greedy) for row, logp, greedy in found}
+    logp_B, greedy_B = meshes.fetch(logp_B), meshes.fetch(greedy_B)
+    logp_B = np.where(np.isfinite(logp_B), logp_B, np.nan)
+    return dict(zip(rows, zip(logp_B.tolist(), greedy_B.tolist(), strict=True), strict=True))
