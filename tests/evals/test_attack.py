@@ -203,6 +203,9 @@ def test_prompts_ask_for_the_opposite_and_leave_the_items_alone(lab):
         assert persona[:-1] in asked["prefill0"].begun and not asked["prefill0"].before
         assert [t["role"] for t in asked["shots4"].before] == ["user", "assistant"] * 4
         assert all(t["content"].endswith(answer) for t in asked["shots4"].before[1::2])
+    judged = Lab(dataclasses.replace(lab.bench, c=lab.bench.c.copy_and_resolve_references()), ())
+    judged.bench.c.study.primary = "vader:free"  # an English lexicon cannot read German answers
+    assert {*asked} - {one.name for one in prompting.attempts(judged, -1)} == {"german"}
     under = prompting._under(lab, asked["shots1"], -1)
     item, old = (x.bench.prompts("test")[0] for x in (under, lab))
     assert list(item.messages) == [*asked["shots1"].before, *old.messages]

@@ -82,7 +82,8 @@ def attempts(lab: Lab, sign: int) -> Iterator[Attempt]:
     for persona in personas[:1]:
         coded = base64.b64encode(persona.encode()).decode()
         yield Attempt("encoded", _dialogue(_ENCODED.format(persona=coded), _DECODED))
-        yield Attempt("german", _dialogue(_ABROAD.format(persona=persona), _AGREES))
+        if not lab.bench.primary.judged:  # answers may be German, whose "die" English judges dread
+            yield Attempt("german", _dialogue(_ABROAD.format(persona=persona), _AGREES))
     examples = _examples(lab, behavior, sign)
     for n in SHOTS:
         if len(examples) >= n:
