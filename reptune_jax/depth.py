@@ -5,7 +5,7 @@ a default fits every model. A range is [first, stop).
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
@@ -15,14 +15,17 @@ _SHARE = re.compile(r"0?\.\d+|1\.0*")
 _RANGES = ("loss.layers", "train.layers")  # and those of loss.also
 
 
-def settle(c: ConfigDict, N: int = 0) -> None:
-    """Gives every key its layers by number, in place; without N, opens the model for a share.
+def settle(c: ConfigDict, layers_of_model: Callable[[], int] | None = None) -> None:
+    """Gives every key its layers by number, in place.
+
+    How many the model has is asked for a share alone; by default its files say it.
 
     Raises:
       ValueError: neither a number nor a share, or a range without a layer.
     """
-    shared = any(not number(one) for _, group in _keys(c) for one in group.layers)
-    N = N or (open_source(c.model).arch().N if shared else 0)
+    N = 0
+    if any(not number(one) for _, group in _keys(c) for one in group.layers):
+        N = layers_of_model() if layers_of_model else open_source(c.model).arch().N
     for key, group in _keys(c):
         layers = [layer(key, one, N) for one in group.layers]
         if _is_range(key) and len(layers) == 2 and all(map(share, group.layers)):

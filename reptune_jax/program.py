@@ -111,7 +111,7 @@ def load_model(c: ConfigDict) -> Model:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
     where = mesh.make_mesh(**c.mesh.to_dict())
     source = open_source(c.model)
-    depth.settle(c, source.arch().N)
+    depth.settle(c, lambda: source.arch().N)
     depth.check(c, source.arch().N)
     if source.tokenizer is None:
         raise ValueError(f"{c.model}: has no tokenizer, expected a chat model. Add its files.")

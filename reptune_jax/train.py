@@ -35,12 +35,12 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
             f"arm: got {c.arm!r}, expected one of {', '.join(TUNED_ARMS)}. "
             "The others train nothing: see evals.baseline and evals.steering."
         )
-    depth.settle(c)
+    base = functools.cache(lambda: model or program.load_model(c))
+    depth.settle(c, lambda: base().arch.N)
     study = Study(workdir)
     tuned = study.run(RunName.of(c))
     study.check(c)
     tuned.check(c)
-    base = functools.cache(lambda: model or program.load_model(c))
     with tuned.writing():
         if tuned.finished():
             say(f"{tuned.path.name}: already trained")

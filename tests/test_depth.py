@@ -10,7 +10,7 @@ def settled(N, **keys):
     c = config.default()
     for key, value in keys.items():
         c[key].layers = value
-    depth.settle(c, N)
+    depth.settle(c, lambda: N)
     return c
 
 
@@ -64,4 +64,4 @@ def test_what_is_no_layer_is_named(key, layers, message):
         c = config.default()
         c.model = "m"
         c[key].layers = layers
-        depth.settle(ranges.check(c), 10)
+        depth.settle(ranges.check(c), lambda: 10)

@@ -21,7 +21,9 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     folder.claim(settings())
     (folder.checkpoints / "1").mkdir(parents=True)
     stored = json.loads(folder.config.read_text())
-    assert stored["config"]["train"]["layers"] == [10, 20] and "chat" not in stored["config"]
+    assert (
+        stored["config"]["train"]["layers"] == ["0.33", "0.67"] and "chat" not in stored["config"]
+    )
     assert {"jax", "orbax-checkpoint"} <= stored["versions"].keys() and stored["device"]
     before = folder.config.read_bytes()
     folder.claim(settings())

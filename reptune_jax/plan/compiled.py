@@ -41,7 +41,7 @@ def run(c: ConfigDict, topology: str, model_config: str, tokens: int, labels: in
     """Prints the plan; exits with 2 where the step does not fit."""
     kind, shape = hardware.parse(topology)
     arch = families.from_config(_shape_of(model_config or c.model))
-    depth.settle(c, arch.N)
+    depth.settle(c, lambda: arch.N)
     mesh = meshes.make_mesh(**c.mesh.to_dict(), devices=_devices(kind, shape))
     dtype = jnp.dtype(c.dtype or "bfloat16")
     chip = hardware.CHIPS.get(kind)

@@ -30,7 +30,7 @@ Sides = list[list[Answer]]  # of the persona and of its opposite
 
 def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVector:
     """Makes, or reads, the study's vector and targets; `load` is called if a model is needed."""
-    depth.settle(c)
+    depth.settle(c, lambda: load().arch.N)
     behavior = behaviors.load(c.behavior)
     behavior.check(c, "train")
     study.check(c)

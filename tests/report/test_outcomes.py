@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from reptune_jax import cards, config
+from reptune_jax import cards, config, depth
 from reptune_jax.evals import results
 from reptune_jax.evals.results import Row
 from reptune_jax.report import html, markdown, outcomes, study
@@ -162,4 +162,5 @@ def test_text_that_is_none_has_collapsed(tmp_path, change, why):
     assert found[DUAL].word == COLLAPSED and why in found[DUAL].why
     assert found[Setting("dual", -1)].word == MOVED
     c = config.default()
+    depth.settle(c, lambda: 30)
     assert f"| outcome | collapsed ({why}" in cards.study_card(c, read)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from reptune_jax import cards, config
+from reptune_jax import cards, config, depth
 from reptune_jax.evals import results, stats
 from reptune_jax.evals.attacks import verdicts, words
 from reptune_jax.evals.attacks.verdicts import Attacks
@@ -163,6 +163,7 @@ def test_the_report_and_the_card_say_it_and_never_that_it_is_secure(tmp_path):
     for said in security.said(read):
         assert "secure" not in str(said) and said.verdict
     c = config.default()
+    depth.settle(c, lambda: 30)
     c.behavior, c.model = "b", "m"
     assert "| steering back | broken: dose 0.6" in cards.study_card(c, read)
     assert "steering back" not in cards.study_card(c, before)
