@@ -114,6 +114,11 @@ def test_what_was_found_is_worth_its_share_of_the_vectors_effect(attacks):
         "the change gave away",
         "activations gave away",
     ]
+    rows = pd.DataFrame(made())
+    found = rows[rows.position == "function:found+"]
+    rows = rows[rows.position != "function:random"]  # one that does as much
+    same = Attacks.of(pd.concat([rows, found.assign(position="function:random")]), 0.1)
+    assert {x.how: x.verdict for x in verdicts.copied(same)}["found"] == verdicts.UNSPECIFIC
     still = Attacks.of(pd.DataFrame(made(effect=0.0)), 0.1)
     assert {x.verdict for x in verdicts.copied(still)} == {verdicts.NOTHING}
 

@@ -276,15 +276,18 @@ def copied(attacks: Attacks) -> list[Copied]:
         if "vector" not in by:
             continue
         vector = by.pop("vector")
-        moves = effects.interval([vector], lambda m: m[:, 0]).low > 0
+        moves = effects.interval([vector], _mean).low > 0
         shares = {how: effects.interval([own, vector], _ratio) for how, own in by.items()}
         sides = [how for how in ("found+", "found-") if how in shares]
         if sides:
             best = max(sides, key=lambda how: shares[how].estimate)
             shares = {"found": shares[best]} | {h: s for h, s in shares.items() if h not in sides}
         for how, share in shares.items():
-            verdict = _half(share) if moves else NOTHING
             at = "function:" + (best if how == "found" else how)
+            verdict = _half(share) if moves else NOTHING
+            if verdict == BROKEN and "random" in by:  # which may do as much
+                lead = effects.interval([effects.values(at) - base - by["random"]], _mean)
+                verdict = BROKEN if lead.low > 0 else UNSPECIFIC
             kl, own_kl = (
                 attacks.kl.get((arm, sign, one, 0.0), np.nan) for one in (at, "function:vector")
             )
@@ -294,6 +297,10 @@ def copied(attacks: Attacks) -> list[Copied]:
 
 def _ratio(means_Rx2: np.ndarray) -> np.ndarray:
     return means_Rx2[:, 0] / np.where(means_Rx2[:, 1], means_Rx2[:, 1], np.nan)
+
+
+def _mean(means_Rx1: np.ndarray) -> np.ndarray:
+    return means_Rx1[:, 0]
 
 
 def _half(share: Interval) -> str:
