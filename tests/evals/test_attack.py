@@ -11,12 +11,14 @@ import pytest
 from flax import traverse_util
 
 from reptune_jax import lm
-from reptune_jax.evals import scoring
+from reptune_jax.data.contrast import Contrast
+from reptune_jax.evals import claims, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.attacks import counter, edits, prompting, recovery, verdicts, weights
 from reptune_jax.evals.attacks.target import Lab, Target
 from reptune_jax.evals.attacks.verdicts import Attacks
 from reptune_jax.evals.bench import Bench
+from reptune_jax.evals.results import sha
 from reptune_jax.hub.names import table
 from reptune_jax.vectors.bake import bake
 from tests.support import steering_case, tiny, tiny_behavior
@@ -235,7 +237,7 @@ def test_an_answer_that_has_begun_goes_on_or_turns_back(lab):
 
 
 def test_every_answer_may_begin_with_given_words(lab):
-    """Generation, log-odds and verdicts read what stands there as the answer's beginning."""
+    """Prompts of generation and log-odds, and those of verdicts, end in it."""
     base, item = lab.bench.base, lab.bench.prompts("test")[0]
     plain = base.encode_prompt(list(item.messages))
     for cond in (
@@ -247,11 +249,14 @@ def test_every_answer_may_begin_with_given_words(lab):
         ids = cond.encode(item)
         before = dataclasses.replace(cond, begun="").encode(item)
         assert ids == before + base.tokenizer.encode(cond.begun)
+        asked = Contrast(item, list(item.messages), "A", "B", "truefalse", "", 1)
+        (row,) = claims.score(cond, {"behavior": "b", **cond.labels}, [asked], 1)
+        assert row.prompt_sha == sha(ids)
     assert plain == Condition(base, "base").encode(item)
 
 
 def test_what_is_found_is_tried_on_the_base(lab):
-    """A planted vector does what the vector does; a random one, or one of noise, does not."""
+    """Of a model that adds the vector activations give all of it away, a random direction less."""
     at, base = counter.at_layer(target(lab, lab.bench.base)), lab.bench.base
     vector = lab.bench.vector.at([at])
     one = target(lab, bake(base, vector * -0.5), -1)
