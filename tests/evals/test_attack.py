@@ -240,11 +240,10 @@ def test_every_answer_may_begin_with_given_words(lab):
     """Prompts of generation and log-odds, and those of verdicts, end in it."""
     base, item = lab.bench.base, lab.bench.prompts("test")[0]
     plain = base.encode_prompt(list(item.messages))
+    persona = lab.bench.behavior.select(format="persona")[0]
     for cond in (
         Condition(base, "base", begun="As told:\n"),
-        Condition(
-            base, "prompt", persona=lab.bench.behavior.select(format="persona")[0], begun="So"
-        ),
+        Condition(base, "prompt", 1, persona=persona, begun="So"),
     ):
         ids = cond.encode(item)
         before = dataclasses.replace(cond, begun="").encode(item)
