@@ -29,9 +29,11 @@ def facts(study: Study) -> list[tuple[str, str]]:
         f"{k} {_short(vector[k])}" for k in read if vector.get(k) not in (None, "")
     )
     model = public_name(str(value("model") or vector.get("model") or ""))
+    untuned = rows.arm == "base"  # an attack's rows may be of weights that it has changed
+    digests = rows.model_sha[untuned if untuned.any() else slice(None)]
     found = [
         ("Model", _short(model)),
-        ("Model digest", ", ".join(sorted(set(rows.model_sha) - {""}))),
+        ("Model digest", ", ".join(sorted(set(digests) - {""}))),
         ("Vector", vector_text or "none in the study folder"),
         ("Arms", arms),
         ("Training seeds", ", ".join(map(str, sorted(tuned.seed.unique()))) or "nothing tuned yet"),
