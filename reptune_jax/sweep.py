@@ -5,8 +5,9 @@
 Prints for each layer the slope of the log-odds of a prompt's two answers over doses, with its 95 %
 interval over clusters, the share of prompts that move the wrong way (arXiv 2407.12404), and what
 becomes of both answers together: where they are much less likely, something else is said. OUT.png
-is a new file, for the heat map, the steepest layer's doses and its prompts. Needs no study, and
-looks at no test prompts. `reptune select` chooses how to steer within a KL budget, which this does
+is a new file, for the heat map, the steepest layer's doses and its prompts. --keep=FILE.safetensors
+keeps what is done, and the same command goes on from there. Needs no study, and looks at no test
+prompts. `reptune select` chooses how to steer within a KL budget, which this does
 not look at.
 """
 
@@ -82,6 +83,7 @@ def main() -> None:
         "doses": f"by default {','.join(f'{dose:g}' for dose in sweeps.DOSES)}",
         "operation": "add by default; docs/steering.md",
         "tokens": "answer by default; docs/steering.md",
+        "keep": "a .safetensors that keeps what is done, and from which the same command goes on",
     }
     values = {name: flags.DEFINE_string(name, "", text) for name, text in texts.items()}
     prompts = flags.DEFINE_integer("prompts", 0, "how many, 0 = all", lower_bound=0)

@@ -8,6 +8,7 @@ arXiv 2407.12404), who found that up to half of the prompts of a data set move t
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from reptune_jax.model.intervene import rows as rows_of
 from reptune_jax.model.intervene import span
 from reptune_jax.model.padding import pad
 from reptune_jax.model.prefix import Prefix
+from reptune_jax.vectors import sweep_file
 from reptune_jax.vectors.intervention import Intervention
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -67,17 +69,20 @@ def sweep(
     tokens: str = "answer",
     chat: bool = True,
     batch_size: int = 256,
+    keep: str | Path = "",
 ) -> Sweep:
     """Log-probabilities of two answers to each prompt, at every layer of the vector and every dose.
 
     `asked` are (prompt, positive answer, negative answer); a prompt is text, rendered as one user
     turn by `chat`, or messages. `operation` and `tokens` are those of `Intervention`; a dose of 0
     is the model as it is. Rules that spare the prompt ("answer", "generated") cost least: of each
-    cell only what follows the prompt is computed.
+    cell only what follows the prompt is computed. `keep` is a .safetensors in which prompts that
+    are done are kept: the same call, or one with more prompts behind the same, goes on from there.
 
     Raises:
       ValueError: no prompts, doses, or layers; fewer than two doses; no such operation or rule; a
-        vector of another model; or log-probabilities that are not finite.
+        vector of another model; a kept sweep of something else; or log-probabilities that are not
+        finite.
     """
     doses = tuple(float(dose) for dose in doses)
     if len(set(doses)) < 2 or len(set(doses)) != len(doses) or not vector.layers:
@@ -94,10 +99,22 @@ def sweep(
     untouched = [(vector.layers[0], 0.0)] if 0.0 in doses else []
     moved = list(itertools.product(vector.layers, [dose for dose in doses if dose]))
     cells = untouched + moved
-    logp_CxIx2 = np.zeros((len(cells), len(asked), 2))
-    for i, one in enumerate(tqdm(asked, desc="sweeping", delay=2, leave=False)):
-        prompt, answers = _encode(model, one, chat)
-        logp_CxIx2[:, i] = _cells(model, done, cells, prompt, answers, batch_size)
+    texts = [_encode(model, one, chat) for one in asked]
+    about = {
+        "model": model.sha,
+        "vector": vector.digest,
+        "cells": cells,
+        "operation": operation,
+        "tokens": tokens,
+    }
+    kept = sweep_file.Kept(Path(keep) if keep else None, about, texts)
+    try:
+        left = texts[len(kept.rows) :]
+        for text in tqdm(left, desc="sweeping", delay=2, leave=False):
+            kept.add(_cells(model, done, cells, *text, batch_size))
+    finally:
+        kept.write()
+    logp_CxIx2 = np.stack(kept.rows, axis=1)
     model.check_finite(np.isfinite(logp_CxIx2).all((0, 2)), "scores", vector)
     shape = len(vector.layers), len(doses), len(asked), 2
     at = {cell: c for c, cell in enumerate(moved, len(untouched))}

@@ -76,6 +76,45 @@ def test_letters_are_read_off_one_token(model, vector, monkeypatch):
     rt.sweep(model, vector, asked, DOSES)
 
 
+def test_a_sweep_that_is_stopped_goes_on(model, vector, tmp_path, monkeypatch):
+    """What is kept is not computed again and comes to what one call gives; others are refused."""
+    keep, want = tmp_path / "s.safetensors", rt.sweep(model, vector, ASKED, DOSES)
+    cells, asked = sweeps._cells, []
+
+    def stops(model, done, cells_C, prompt, *rest):
+        asked.append(prompt)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return cells(model, done, cells_C, prompt, *rest)
+
+    monkeypatch.setattr(sweeps, "_cells", stops)
+    with pytest.raises(KeyboardInterrupt):
+        rt.sweep(model, vector, ASKED, DOSES, keep=keep)
+    found = rt.sweep(model, vector, ASKED, DOSES, keep=str(keep))
+    assert [asked.count(prompt) for prompt in asked] == [1, 2, 2, 1]
+    np.testing.assert_array_equal(found.logp_LxKxIx2, want.logp_LxKxIx2)
+    longer = rt.sweep(model, vector, [*ASKED, ASKED[0]], DOSES, keep=keep)
+    assert len(asked) == 5
+    np.testing.assert_array_equal(longer.logp_LxKxIx2[:, :, 3], want.logp_LxKxIx2[:, :, 0])
+    for other, named in (
+        ({"asked": ASKED[::-1]}, "other prompts"),
+        ({"asked": ASKED[:1]}, "other prompts"),
+        ({"doses": (0.0, 2.0)}, "other cells"),
+        ({"vector": vector.at(1)}, "other vector, cells"),
+        ({"operation": "clamp", "tokens": "all"}, "other operation, tokens"),
+        ({"keep": tmp_path / "s.npz"}, "ending in .safetensors"),
+    ):
+        how = {"vector": vector, "asked": ASKED, "doses": DOSES, "keep": keep} | other
+        with pytest.raises(ValueError, match=named):
+            rt.sweep(model, **how)
+    keep.write_bytes(keep.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        rt.sweep(model, vector, ASKED, DOSES, keep=keep)
+    vector.save(keep)
+    with pytest.raises(ValueError, match="other format, model"):
+        rt.sweep(model, vector, ASKED, DOSES, keep=keep)
+
+
 def test_what_is_read_off_a_sweep():
     logodds = np.array([[[-1.0, 2.0], [0.0, 0.0], [1.0, -2.0]]])  # layers, doses, prompts
     logp = np.log(0.3) + np.stack([logodds / 2, -logodds / 2], axis=-1)
@@ -108,7 +147,8 @@ def test_the_program_prints_a_line_a_layer_and_draws(model, vector, tmp_path, ca
     vector.save(tmp_path / "v.safetensors")
     given = tmp_path / "v.safetensors", model.name, str(tiny_behavior.write(tmp_path))
     to = tmp_path / "out.png"
-    swept = program.run(*given, to=str(to), doses="1,0,-1", prompts=3, tokens="all")
+    keep = str(tmp_path / "done.safetensors")
+    swept = program.run(*given, to=str(to), doses="1,0,-1", prompts=3, tokens="all", keep=keep)
     assert swept.doses == (1.0, 0.0, -1.0) and swept.logodds_LxKxI.shape == (2, 3, 3)
     head, *lines, about = capsys.readouterr().out.splitlines()[:4]
     assert "change at -1, 1" in head and "3 prompts, 2 layers, 3 doses" in about
