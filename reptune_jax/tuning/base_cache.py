@@ -29,11 +29,9 @@ _known: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
 _endings: dict[str, np.ndarray] = {}
 
 
-def with_base_values(
-    c: ConfigDict, corpus: Corpus, model: Model, decoder: Decoder, objective: Objective
-) -> Corpus:
-    """The corpus with what steps need of the untuned model, where that pays."""
-    B, probe = c.eval.batch, objective.probe
+def with_base_values(c: ConfigDict, corpus: Corpus, model: Model, probe: Probe) -> Corpus:
+    """The corpus with what the losses need of the untuned model."""
+    B = c.eval.batch
     if needs_anchors(c):
         train, val = (add_cosines(x, model, probe, B) for x in (corpus.train, corpus.val))
         corpus = corpus._replace(train=train, val=val)
@@ -43,6 +41,14 @@ def with_base_values(
     if c.loss.match:
         train, val = (add_goals(x, model, goal_layers(c), B) for x in (corpus.train, corpus.val))
         corpus = corpus._replace(train=train, val=val)
+    return corpus
+
+
+def with_rows_below(
+    c: ConfigDict, corpus: Corpus, model: Model, decoder: Decoder, objective: Objective
+) -> Corpus:
+    """The corpus with what enters the tuned layers, where that pays; `model` may be lent."""
+    B = c.eval.batch
     sides = {k: getattr(corpus, k) for k in ("train", "val", "retention", "retention_val")}
     sides = {name: side for name, side in sides.items() if side is not None}
     gib = below_gib(model, c.train.layers[0], *sides.values())

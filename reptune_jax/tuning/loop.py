@@ -1,6 +1,7 @@
 """The training loop: one arm, one sign, one seed, from step 0 or from where it stopped."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,9 @@ from reptune_jax.model.transformer import Decoder
 from reptune_jax.tuned_run import Progress
 from reptune_jax.tuning import partition, remat
 from reptune_jax.tuning import step as steps
-from reptune_jax.tuning.base_cache import with_base_values
+from reptune_jax.tuning.base_cache import with_base_values, with_rows_below
 from reptune_jax.tuning.checkpoint import Checkpoints
-from reptune_jax.tuning.objective import make_objective
+from reptune_jax.tuning.objective import Objective, make_objective
 from reptune_jax.tuning.run import Job, Run, every
 from reptune_jax.watch.log import Log
 
@@ -32,13 +33,21 @@ def tune(job: Job, model: Model) -> None:
     Raises:
       ending.Ended: at a signal, when the step it came in is saved.
     """
+    objective = make_objective(job.c, job.vector, {}, job.also, model.stop_ids)
+    corpus = with_base_values(job.c, job.corpus, model, objective.probe)
+    with partition.lent(model.params, job.c.train.layers) as params:
+        _tune(job._replace(corpus=corpus), model, params, objective)
+
+
+def _tune(job: Job, model: Model, params: dict[str, Any], objective: Objective) -> None:
+    """With `params`, the model's in segments, of which nothing may be held when this is over."""
     mesh, train = model.mesh, FrozenConfigDict(job.c.train)
     cuts = partition.segments(model.arch.N, train.layers)
     kernel = model.kernel("right") if train.flash else attention.XLA
     decoder = Decoder(model.arch, cuts, model.dtype, kernel=kernel, rows=meshes.rows_of(mesh))
-    trained, frozen = partition.begin(model.arch, model.params, train, job.c.seed)
-    objective = make_objective(job.c, job.vector, frozen, job.also, model.stop_ids)
-    corpus = with_base_values(job.c, job.corpus, model, decoder, objective)
+    trained, frozen = partition.begin(model.arch, params, train, job.c.seed)
+    objective = dataclasses.replace(objective, frozen=frozen)
+    corpus = with_rows_below(job.c, job.corpus, model, decoder, objective)
     objective = objective.placed(mesh)
     state = steps.init_state(trained, train, mesh)
     del trained  # on a mesh the state has a copy

@@ -7,8 +7,10 @@ leaves (float32 masters), everything else stays frozen in its own dtype.
 With `train.lora.rank` > 0 the chosen projections have adapters instead, and no weight moves.
 """
 
+import contextlib
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,26 +36,63 @@ def segments(N: int, layers: Sequence[int]) -> Segments:
     return tuple((name, length) for name, length in cuts if length)
 
 
+@contextlib.contextmanager
+def lent(params: dict[str, Any], layers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """`params` in segments, without a second copy of the model: meanwhile it has no blocks itself.
+
+    Leaf by leaf the parts take the place of the whole, and in the end the whole that of the parts,
+    bit for bit. Who still holds a part then holds a second copy.
+    """
+    blocks = traverse_util.flatten_dict(params.pop("blocks"))
+    placed = {path: whole.sharding for path, whole in blocks.items()}
+    parts: dict[tuple[str, ...], dict[str, jax.Array]] = {}
+    cuts = _cuts(len(next(iter(blocks.values()))), layers)
+    tree: dict[str, Any] = {}
+    try:
+        for path in placed:
+            parts[path] = {name: blocks[path][rows] for name, rows in cuts.items()}
+            del blocks[path]
+        tree |= params
+        for name in cuts:
+            tree[name] = traverse_util.unflatten_dict({p: of[name] for p, of in parts.items()})
+        yield tree
+    finally:
+        tree.clear()
+        for path in list(parts):
+            whole = jnp.concatenate(list(parts.pop(path).values()))
+            blocks[path] = jax.device_put(whole, placed[path])
+        params["blocks"] = traverse_util.unflatten_dict(blocks)
+
+
 def split(
     params: Mapping[str, Any], layers: Sequence[int], modules: Sequence[str]
 ) -> tuple[Flat, dict[str, Any]]:
     """(trained leaves by path, float32; the frozen rest in segments).
 
+    `params` are a model's, whose blocks are copied, or `lent`.
+
     Raises:
       ValueError: a pattern in `modules` that matches no weight.
     """
-    first, stop = layers
-    N = jax.tree.leaves(params["blocks"])[0].shape[0]
-    cuts = {"below": slice(0, first), "tuned": slice(first, stop), "above": slice(stop, N)}
-    frozen = {key: value for key, value in params.items() if key != "blocks"}
-    for name, _ in segments(N, layers):
-        frozen[name] = jax.tree.map(lambda a, c=cuts[name]: a[c], params["blocks"])
+    frozen = dict(params)
+    if blocks := frozen.pop("blocks", None):
+        cuts = _cuts(len(jax.tree.leaves(blocks)[0]), layers)
+        frozen |= {name: jax.tree.map(lambda a, r=r: a[r], blocks) for name, r in cuts.items()}
     flat = traverse_util.flatten_dict(frozen.pop("tuned"), sep="/")
     chosen = _choose(sorted(flat), modules)
     # A copy even where dtype and range are the same: a step donates it, the base model must stay.
     trained = {path: jnp.array(flat.pop(path), jnp.float32) for path in chosen}
     frozen["tuned"] = traverse_util.unflatten_dict(flat, sep="/")
     return trained, frozen
+
+
+def _cuts(N: int, layers: Sequence[int]) -> dict[str, slice]:
+    """The layers of each segment, bottom to top."""
+    stops = itertools.accumulate(length for _, length in segments(N, layers))
+    return {
+        name: slice(stop - length, stop)
+        for (name, length), stop in zip(segments(N, layers), stops, strict=True)
+    }
 
 
 def merge(trained: Flat, frozen: Mapping[str, Any], dtype: Any) -> dict[str, Any]:

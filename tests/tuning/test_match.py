@@ -75,7 +75,8 @@ def test_the_loss_is_that_of_whole_forward_passes(goal, sign, model, behavior, s
     extraction.write_targets(Study(tmp_path).targets, said)
     texts, vector = corpus.make_corpus(c, tmp_path, model), tuning_case.vector(model)
     case = tuning_case.case(model, c, vector)
-    found = base_cache.with_base_values(c, texts, model, case.decoder, case.objective)
+    found = base_cache.with_base_values(c, texts, model, case.objective.probe)
+    found = base_cache.with_rows_below(c, found, model, case.decoder, case.objective)
     assert found.train.below_BxTxD is not None and found.train.under_BxT is None
     of_B = np.array([0, 1, 0, 0])  # a row of another behavior does not count
     rows = dataclasses.replace(found.train, of_B=of_B)
