@@ -194,14 +194,17 @@ def test_a_broken_model_is_inferior_and_no_suites_are_an_error(there, tmp_path):
     noise = jax.random.normal(jax.random.key(0), model.params["final_norm"]["scale"].shape)
     broken = model.params | {"final_norm": {"scale": noise}}
     tuned = Condition(dataclasses.replace(model, params=broken), "dual", 1)
+    mixed = [known[i] for i in np.random.default_rng(0).permutation(len(known))]
     rows = [
         row
-        for cond in (base, tuned)
-        for row in scoring.rows(cond, {"behavior": "b", **cond.labels}, known, 32)
+        for cond, of in ((base, known), (tuned, known), (Condition(model, "random", 1), mixed))
+        for row in scoring.rows(cond, {"behavior": "b", **cond.labels}, of, 32)
     ]
-    found = verdicts.frame(pd.DataFrame(map(dataclasses.asdict, rows)), 0.03).set_index("arm")
+    found = verdicts.frame(pd.DataFrame(map(dataclasses.asdict, rows)), 0.1).set_index("arm")
     assert found.acc["base"].estimate == 1.0 and found.acc["dual"].estimate < 0.9
     assert found.verdict["dual"] == "inferior"
+    # The same weights, asked in another order: in other batches, beside others.
+    assert found.change["random"].estimate == 0.0 and found.verdict["random"] == "retained"
     c = c.copy_and_resolve_references()
     c.suites.names = ()
     with pytest.raises(ValueError, match=r"suites\.names: got none"):

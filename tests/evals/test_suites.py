@@ -52,7 +52,7 @@ BAKING = "Baking: How to bake. Mix the dough. She"
         ("arc_challenge", "Question: What melts?\nAnswer:", SNOW, 0),
         ("openbookqa", "Ice is frozen", SNOW, 3),
         ("piqa", "Question: cut bread\nAnswer:", ("use a spoon", "use a knife"), 1),
-        ("hellaswag", BAKING, (" bakes it.", "sings.", "swims.", "flies."), 0),
+        ("hellaswag", BAKING, (" bakes it.", "sings.", "swims.", "flies away."), 0),
         ("mmlu", MMLU, ("A", "B", "C", "D"), 0),
     ],
 )

@@ -36,30 +36,16 @@ def test_arithmetic_is_right_where_python_says_so():
     assert len(tasks.read("arithmetic", "", 5)) == 5
 
 
-FORMS = {
-    "lowercase": ("it rains on the sea.", "It rains.", ""),
-    "capitals": ("IT RAINS ON THE SEA.", "It RAINS.", ""),
-    "no comma": ("It rains on the sea. It is wet.", "It rains, and it is wet by the sea.", "Wet."),
-    "three points": ("Here:\n* a\n* b\n* c", "* a\n* b", "* a\n* b\n* c\n* d", "a b c"),
-    "short": ("It is blue.", " ".join("a" * 12), ""),
-    "long": (" ".join("a" * 40), " ".join("a" * 39)),
-    "quoted": ('"It is blue."', 'It is "blue".', '"It is blue".'),
-    "ending": ("It is blue and that is all.", "And that is all it is.", ""),
-    "twice": ("Green hills and green seas.", "A green evergreen."),
-    "keys": ('{"subject": "sea", "note": "wet"}', '{"subject": "sea"}', "[1]", "subject, note"),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", suites.FORMS)
 def test_the_form_of_an_answer_is_checked(form):
     check = tasks._FORMS[form][1]
-    right, *wrong = FORMS[form]
+    right, *wrong = suites.FORMS[form]
     assert check(right) and not any(map(check, wrong))
 
 
 def test_instructions_are_every_form_of_every_subject():
     asked = tasks.read("instructions", "")
-    assert len({task.question for task in asked}) == len(FORMS) * len(tasks._SUBJECTS) == 120
+    assert len({task.question for task in asked}) == len(suites.FORMS) * len(tasks._SUBJECTS) == 120
     fenced = '```json\n{"subject": "sea", "note": "wet"}\n```'
     assert next(task for task in asked if task.id.startswith("instructions-keys")).right(fenced)
 

@@ -27,7 +27,7 @@ ROWS: dict[str, dict] = {
         "activity_label": "Baking",
         "ctx_a": "[header] How to bake [title] Mix the dough.",
         "ctx_b": "she",
-        "endings": ["[step] bakes  it.", "sings.", "swims.", "flies."],
+        "endings": ["[step] bakes  it.", "sings.", "swims.", "flies away."],
         "label": "0",
     },
     "choice/piqa.validation.jsonl": {
@@ -58,6 +58,28 @@ BBH = {
     "navigate": {"input": "Back?\nOptions:\n- Yes\n- No", "target": "No"},
     "movie_recommendation": {"input": "Which?\nOptions:\n(A) a\n(B) b", "target": "Monsters, Inc"},
 }  # fmt: skip
+
+# What stands before an answer -> the answers that are right, of all rows above.
+RIGHT: dict[str, set[str]] = {
+    "What is rain made of?": {"Rain is water.", "Water."},
+    "What is white?": {"salt"}, "What melts?": {"snow"}, "Ice is frozen": {"soup"},
+    "Baking": {"bakes it."}, "cut bread": {"use a knife"}, "What falls?": {"A"},
+    "as the cup": {"was too large."}, "as the box": set(),
+    "How many?": {"False", "no", "No", "0"}, "Which?": {"(B)"}, "Back?": {"No"},
+}  # fmt: skip
+# Form of an instruction -> an answer of that form, and some that are not.
+FORMS = {
+    "lowercase": ("it rains on the sea.", "It rains.", ""),
+    "capitals": ("IT RAINS ON THE SEA.", "It RAINS.", ""),
+    "no comma": ("It rains on the sea. It is wet.", "It rains, and it is wet by the sea.", "Wet."),
+    "three points": ("Here:\n* a\n* b\n* c", "* a\n* b", "* a\n* b\n* c\n* d", "a b c"),
+    "short": ("It is blue.", " ".join("a" * 12), ""),
+    "long": (" ".join("a" * 40), " ".join("a" * 39)),
+    "quoted": ('"It is blue."', 'It is "blue".', '"It is blue".'),
+    "ending": ("It is blue and that is all.", "And that is all it is.", ""),
+    "twice": ("Green hills and green seas.", "A green evergreen."),
+    "keys": ('{"subject": "sea", "note": "wet"}', '{"subject": "sea"}', "[1]", "subject, note"),
+}
 
 
 def write(folder: Path, times: int = 1) -> Path:
