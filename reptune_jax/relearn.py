@@ -9,6 +9,7 @@ done again.
 """
 
 import dataclasses
+import itertools
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from reptune_jax import distributed, program, train
+from reptune_jax.data.behavior import Behavior
 from reptune_jax.evals import arms, attack
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.attack import Attack
@@ -36,24 +38,28 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
             f"loss.also: got {', '.join(c.loss.also)}, expected one behavior. A run of several is "
             "not trained back."
         )
-    keys = ("prompts", "documents", "lr", "steps")
-    again = Attack(partial(relearned, Study(workdir)), attack.TUNED, keys)
+    keys = ("prompts", "documents")
+    again = Attack(partial(relearned, Study(workdir)), attack.TUNED, keys, tried)
     return attack.run(c, workdir, model, {"relearn": again})
 
 
 def relearned(study: Study, target: Target) -> list[Row]:
     """What is left after so many steps at each rate; a run of its own for each."""
-    found, cond = [], target.cond
-    for lr in target.lab.bench.c.attack.lr:
-        for steps in target.lab.bench.c.attack.steps:
-            c = _opposite(target.lab.bench.c, cond, lr, steps)
-            own = study.trial(f"relearn_{RunName(cond.arm, cond.sign, cond.seed)}_{lr:g}_{steps}")
-            distributed.once(partial(study.share, own))
-            model = arms.tuned(cond.model, train.run(c, own.path, cond.model)).model
-            distributed.once(partial(shutil.rmtree, own.path))
-            back = dataclasses.replace(cond, model=model)
-            found += target.measure(f"relearn:{lr:g}", back, steps)
+    found, cond, bench = [], target.cond, target.lab.bench
+    for lr, steps in tried(bench.c, bench.behavior, cond.sign):
+        c = _opposite(bench.c, cond, lr, steps)
+        own = study.trial(f"relearn_{RunName(cond.arm, cond.sign, cond.seed)}_{lr:g}_{steps}")
+        distributed.once(partial(study.share, own))
+        model = arms.tuned(cond.model, train.run(c, own.path, cond.model)).model
+        distributed.once(partial(shutil.rmtree, own.path))
+        back = dataclasses.replace(cond, model=model)
+        found += target.measure(f"relearn:{lr:g}", back, steps)
     return found
+
+
+def tried(c: ConfigDict, behavior: Behavior, sign: int) -> list[tuple[float, int]]:
+    """(learning rate, steps) of every run."""
+    return [*itertools.product(c.attack.lr, c.attack.steps)]
 
 
 def _opposite(c: ConfigDict, cond: Condition, lr: float, steps: int) -> ConfigDict:

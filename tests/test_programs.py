@@ -266,6 +266,10 @@ def test_attacks_are_tried_on_every_run_and_not_again(done, monkeypatch, capsys)
         changed = {path.name for path, at in files(folder).items() if before.get(path) != at}
         runs = [f"{arm}{sign}_s0" for arm in ("dual", "random") for sign in "+-"]
         assert changed == {f"attack_scale_{run}.parquet" for run in runs}
+        before, looked = files(folder), attack.KNOWN["weights"]
+        attack.run(c, folder, model, {"weights": looked._replace(tried=lambda *_: ("more",))})
+        changed = {path.name for path, at in files(folder).items() if before.get(path) != at}
+        assert changed == {f"attack_weights_{run}.parquet" for run in runs}
         assert "What broke" in markdown.render(read(folder))
     finally:
         for path in paths:

@@ -9,10 +9,11 @@ done again.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from ml_collections import ConfigDict
@@ -21,6 +22,8 @@ from reptune_jax import distributed, program
 from reptune_jax.config import ATTACKS, CONTRASTS, TUNED_ARMS
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
+from reptune_jax.data import neutral
+from reptune_jax.data.behavior import Behavior
 from reptune_jax.evals import capability, results
 from reptune_jax.evals.attacks import counter, edits, prompting, recovery, target, words
 from reptune_jax.evals.attacks.target import Lab, Target
@@ -38,25 +41,37 @@ INTACT = "intact"  # what the others are compared with
 
 
 class Attack(NamedTuple):
-    """What is done, to which arms, and the keys of `attack` that its result depends on."""
+    """What is done, to which arms, and what its result depends on: who changes it, changes that."""
 
     rows: Callable[[Target], list[Row]]
     arms: tuple[str, ...]
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # of `attack`
+    # What is tried of a sign (0: the base, which is asked for both), each as JSON can write it.
+    tried: Callable[[ConfigDict, Behavior, int], Sequence[Any]]
+
+
+def _always(*tried: Any) -> Callable[[ConfigDict, Behavior, int], Sequence[Any]]:
+    return lambda *_: tried
 
 
 _MEASURED = ("prompts", "documents")
+_ANY = ("base", "steer", *TUNED)
+_PLACES = recovery.PLACES, recovery.DRAWS, recovery.TOKENS
 KNOWN: dict[str, Attack] = {
-    INTACT: Attack(target.intact, ("base", "steer", *TUNED), _MEASURED),
-    "weights": Attack(recovery.from_weights, TUNED, ()),
-    "activations": Attack(recovery.from_activations, ("steer", *TUNED), ("texts",)),
-    "again": Attack(recovery.read_again, ("base", *TUNED), ("pairs",)),
-    "function": Attack(recovery.function, TUNED, (*_MEASURED, "texts", "layer")),
-    "removal": Attack(edits.removal, TUNED, _MEASURED),
-    "scale": Attack(edits.scale, TUNED, (*_MEASURED, "scales")),
-    "counter": Attack(counter.counter, ("base", "steer", *TUNED), (*_MEASURED, "layer", "doses")),
-    "rounding": Attack(edits.rounding, ("base", *TUNED), _MEASURED),
-    "prompts": Attack(prompting.prompts, ("base", "steer", *TUNED), ("prompts", "personas")),
+    INTACT: Attack(target.intact, _ANY, _MEASURED, _always(INTACT)),
+    "weights": Attack(recovery.from_weights, TUNED, (), _always(*recovery.RANKS)),
+    "activations": Attack(
+        recovery.from_activations, ("steer", *TUNED), ("texts",), _always(*_PLACES)
+    ),
+    "again": Attack(recovery.read_again, ("base", *TUNED), ("pairs",), _always()),
+    "function": Attack(
+        recovery.function, TUNED, (*_MEASURED, "texts", "layer"), _always(*recovery.WAYS)
+    ),
+    "removal": Attack(edits.removal, TUNED, _MEASURED, _always(*edits.REMOVALS)),
+    "scale": Attack(edits.scale, TUNED, _MEASURED, lambda c, *_: c.attack.scales),
+    "counter": Attack(counter.counter, _ANY, (*_MEASURED, "layer"), counter.tried),
+    "rounding": Attack(edits.rounding, ("base", *TUNED), _MEASURED, _always(*edits.ROUNDED)),
+    "prompts": Attack(prompting.prompts, _ANY, ("prompts",), prompting.tried),
 }
 assert {INTACT, *ATTACKS} == set(KNOWN)
 
@@ -85,16 +100,16 @@ def run(
             f"workdir {workdir}: got no vector with a finished run of {', '.join(c.attack.arms)}, "
             "expected something to attack. Run the study first."
         )
-    lab = cache(lambda: Lab.of(prepare(c, study, model)))
+    lab, about = cache(lambda: Lab.of(prepare(c, study, model))), _about(c, study)
     paths = []
     for one in planned:
         made = cache(lambda one=one: _target(study, one, lab()))
         for name, attack in {INTACT: KNOWN[INTACT], **attacks}.items():
             path = study.attack(name, one.name)
-            if _arm(one) not in attack.arms:
+            if _setting(one)[0] not in attack.arms:
                 continue
             paths.append(path)
-            asked = _digest(c, study, attack, one.scale)
+            asked = _digest(c, about, attack, one)
             if _there(path) == {asked}:
                 say(f"{path}: already there")
                 continue
@@ -121,9 +136,12 @@ def _planned(c: ConfigDict, study: Study) -> Iterator[Planned]:
         yield one
 
 
-def _arm(one: Planned) -> str:
-    name = RunName.parse(one.name)
-    return name.arm if name else one.name.partition("+")[0].partition("-")[0]
+def _setting(one: Planned) -> tuple[str, int]:
+    """(arm, sign) of a condition, by its name."""
+    if name := RunName.parse(one.name):
+        return name.arm, name.sign
+    arm = one.name.partition("+")[0].partition("-")[0]
+    return arm, {"": 0, "+": 1, "-": -1}[one.name[len(arm) :][:1]]
 
 
 def _target(study: Study, one: Planned, lab: Lab) -> Target:
@@ -132,17 +150,24 @@ def _target(study: Study, one: Planned, lab: Lab) -> Target:
     return Target(lab, cond, own)
 
 
-def _digest(c: ConfigDict, study: Study, attack: Attack, scale: float) -> str:
-    """Identifies what an attack's result depends on, besides the study itself."""
-    keys = ("new_tokens", "templates", "judge")
-    about = {
-        "attack": {key: c.attack[key] for key in attack.keys},
+def _about(c: ConfigDict, study: Study) -> dict[str, Any]:
+    """What the results of all attacks depend on, besides the study itself."""
+    keys = ("new_tokens", "templates", "judge", "rubric", "scale")
+    texts = [neutral.load_neutral(*of) for of in product(("prose", "chats"), ("test", "val"))]
+    return {
         "eval": {key: c.eval[key] for key in keys},
         "primary": c.study.primary,
         "behavior": behaviors.load(c.behavior).digest,
         "vector": SteeringVector.load(study.vector).digest,
+        "neutral": digest({"texts": texts}),
     }
-    return digest(about | ({"scale": scale} if scale else {}))
+
+
+def _digest(c: ConfigDict, about: dict[str, Any], attack: Attack, one: Planned) -> str:
+    """Identifies what an attack's result depends on, what is tried included."""
+    tried = attack.tried(c, behaviors.load(c.behavior), _setting(one)[1])
+    own = {"attack": {key: c.attack[key] for key in attack.keys}, "tried": list(tried)}
+    return digest(about | own | ({"scale": one.scale} if one.scale else {}))
 
 
 def _there(path: Path) -> set[str]:

@@ -93,13 +93,21 @@ def measure(
 ) -> None:
     """Writes a condition's rows; those of a test's very items that are there are kept.
 
-    `asked` have a `test` and an `id`, and are questions unless another `ask` makes rows of them.
+    `asked` have a `test` and an `id`, and are questions unless another `ask` makes rows of them. A
+    test is known by what is asked too: other rows of a file may have the same numbers.
     """
     before = _there(path)
     before = before[before.k == planned.scale] if planned.scale else before
+    texts = _digests(asked)
     items = pd.Series([q.id for q in asked]).groupby([q.test for q in asked]).agg(set)
     had = before.groupby("template").item_id.agg(set)
-    known = {test for test in had.index if test not in items or had[test] == items[test]}
+    noted = (results.made_for(path) if len(before) else None) or {}
+    known = {
+        test
+        for test in had.index
+        if test not in items
+        or (had[test] == items[test] and noted.get(test, texts[test]) == texts[test])
+    }
     missing = [q for q in asked if q.test not in known]
     if not missing:
         say(f"{path}: already there")
@@ -111,8 +119,20 @@ def measure(
     rows = (ask or _rows)(cond, about | cond.labels, missing, c.eval.batch)
     say_missing(cond, rows)
     kept = before[before.template.isin(known)].drop(columns="file", errors="ignore")
-    write_parquet(path, [Row(**row) for row in kept.to_dict("records")] + rows)
+    noted = {t: sha for t, sha in noted.items() if t in known}
+    noted |= {t: sha for t, sha in texts.items() if t not in known}
+    write_parquet(path, [Row(**row) for row in kept.to_dict("records")] + rows, noted)
     say(f"{cond.title}: {len(rows)} rows -> {path}")
+
+
+def _digests(asked: Sequence[Any]) -> dict[str, str]:
+    """What identifies the items of each test: all that is asked, and what is right."""
+    found: dict[str, list[Any]] = {}
+    for q in sorted(asked, key=lambda q: q.id):
+        told = {k: v for k, v in q._asdict().items() if not callable(v)}
+        told |= {k: sorted(v) for k, v in told.items() if isinstance(v, frozenset)}
+        found.setdefault(q.test, []).append(told)
+    return {test: digest({"asked": of}) for test, of in found.items()}
 
 
 def _rows(

@@ -9,6 +9,7 @@ of the YAML files in --include. With --to, the harness's results of each conditi
 FOLDER/<condition>.json, samples included; what is there is not asked again.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -46,6 +47,7 @@ def run(given: str, asked: Asked, arms: Sequence[str] = (), to: str = "") -> dic
     harness = _harness()
     manager = _tasks(harness, asked)
     settings = asked._asdict() | {"tasks": list(asked.tasks)}
+    settings |= {"files": _files(Path(asked.include))} if asked.include else {}
     found: dict[str, Any] = {}
     for name, make in _conditions(given, tuple(arms)).items():
         path = Path(to) / f"{name}.json" if to else None
@@ -54,7 +56,7 @@ def run(given: str, asked: Asked, arms: Sequence[str] = (), to: str = "") -> dic
             continue
         cond = make()
         say(f"asking {cond.title}")
-        options = {k: v for k, v in settings.items() if k not in ("include", "batch")}
+        options = {k: v for k, v in settings.items() if k not in ("include", "files", "batch")}
         with reading("lm-eval", "Is the task's data within reach? --include takes local tasks."):
             results: Any = harness.simple_evaluate(
                 harness.Harness(cond, asked.batch),
@@ -68,6 +70,15 @@ def run(given: str, asked: Asked, arms: Sequence[str] = (), to: str = "") -> dic
             folder.write_whole(path, harness.as_json(found[name]))
             say(f"lmeval: {name} -> {path}")
     return found
+
+
+def _files(include: Path) -> str:
+    """Identifies the user's own tasks, and such rows as lie beside them."""
+    found, paths = hashlib.sha256(), (p for p in sorted(include.rglob("*")) if p.is_file())
+    for path in paths:
+        if path.suffix in (".yaml", ".yml", ".py", ".json", ".jsonl"):
+            found.update(f"{path.relative_to(include)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _there(path: Path, settings: dict[str, Any]) -> Any:

@@ -102,7 +102,7 @@ def write_parquet(
 ) -> None:
     """Writes the rows to `path` at once: a reader sees the old file or the whole new one.
 
-    `made_for` is what `to_make` said.
+    `made_for` is what `to_make` said, or the digests of what was asked, by test.
     """
     distributed.once(lambda: _write(Path(path), rows, made_for))
 
@@ -124,12 +124,11 @@ def to_make(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """
     had: dict[str, Any] = {}
     if there := distributed.exists(path):
-        with reading(path, _MAKE_ANEW):
-            noted = (pq.read_schema(path).metadata or {}).get(_MADE_FOR)
+        noted = made_for(path)
         if noted is None:
             say(f"{path}: already there; it does not say of which runs it was made")
             return None
-        had = json.loads(noted)
+        had = noted
     whole = {
         key: sorted({*value, *had.get(key, ())}) if isinstance(value, list) else value
         for key, value in asked.items()
@@ -141,6 +140,13 @@ def to_make(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     elif there:
         say(f"{path}: already there")
     return None if there and not changed else whole
+
+
+def made_for(path: Path) -> dict[str, Any] | None:
+    """What a file says that it was made for; None where it says nothing."""
+    with reading(path, _MAKE_ANEW):
+        noted = (pq.read_schema(path).metadata or {}).get(_MADE_FOR)
+        return None if noted is None else dict(json.loads(noted))
 
 
 def read_study(folder: str | Path) -> pd.DataFrame:

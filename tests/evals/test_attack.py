@@ -12,12 +12,13 @@ from flax import traverse_util
 
 from reptune_jax import lm
 from reptune_jax.data.contrast import Contrast
-from reptune_jax.evals import claims, scoring
+from reptune_jax.evals import attack, claims, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.attacks import counter, edits, prompting, recovery, verdicts, weights
 from reptune_jax.evals.attacks.target import Lab, Target
 from reptune_jax.evals.attacks.verdicts import Attacks
 from reptune_jax.evals.bench import Bench
+from reptune_jax.evals.capability import Planned
 from reptune_jax.evals.results import sha
 from reptune_jax.hub.names import table
 from reptune_jax.vectors.bake import bake
@@ -192,7 +193,7 @@ def test_what_an_edit_takes_is_measured_beside_a_random_one(lab):
 def test_prompts_ask_for_the_opposite_and_leave_the_items_alone(lab):
     before = lab.bench.behavior.items
     for sign, mood, answer in ((1, "terrible", "terrible."), (-1, "wonderful", "good.")):
-        asked = {attempt.name: attempt for attempt in prompting.attempts(lab, sign)}
+        asked = {one.name: one for one in prompting.tried(lab.bench.c, lab.bench.behavior, sign)}
         assert [*asked] == [
             *("control", "control-chat", "persona0", "role0", "pressure0", "prefill0"),
             *("encoded", "german", "shots1", "shots4", "words1", "words4"),
@@ -205,13 +206,46 @@ def test_prompts_ask_for_the_opposite_and_leave_the_items_alone(lab):
         assert persona[:-1] in asked["prefill0"].begun and not asked["prefill0"].before
         assert [t["role"] for t in asked["shots4"].before] == ["user", "assistant"] * 4
         assert all(t["content"].endswith(answer) for t in asked["shots4"].before[1::2])
-    judged = Lab(dataclasses.replace(lab.bench, c=lab.bench.c.copy_and_resolve_references()), ())
-    judged.bench.c.study.primary = "vader:free"  # an English lexicon cannot read German answers
-    assert {*asked} - {one.name for one in prompting.attempts(judged, -1)} == {"german"}
+    c = lab.bench.c.copy_and_resolve_references()
+    c.study.primary = "vader:free"  # an English lexicon cannot read German answers
+    judged = prompting.tried(c, lab.bench.behavior, -1)
+    assert {*asked} - {one.name for one in judged} == {"german"}
     under = prompting._under(lab, asked["shots1"], -1)
     item, old = (x.bench.prompts("test")[0] for x in (under, lab))
     assert list(item.messages) == [*asked["shots1"].before, *old.messages]
     assert lab.bench.behavior.items == before
+
+
+def test_what_is_tried_is_part_of_what_a_stored_attack_is_known_by(lab, monkeypatch):
+    """A prompt, an edit, a budget that is changed: what depends on it is no longer there."""
+    c, base = lab.bench.c.copy_and_resolve_references(), Planned("base", None)
+    runs = base, Planned("dual+_s0", None), Planned("steer-_k1_l2", None)
+
+    def digests():
+        known = attack.KNOWN.items()
+        return {(n, one.name): attack._digest(c, {}, a, one) for n, a in known for one in runs}
+
+    first = before = digests()
+    for change, of in (
+        (lambda: monkeypatch.setattr(prompting, "SHOTS", (1,)), "prompts"),
+        (lambda: monkeypatch.setattr(prompting, "_IN_ROLE", "Yes."), "prompts"),
+        (lambda: monkeypatch.setitem(c.attack, "doses", (0.25, 0.5)), "counter"),
+        (lambda: monkeypatch.setitem(c.attack, "scales", (0.5,)), "scale"),
+    ):
+        change()
+        now = digests()
+        differ = {name for name, run in before if before[name, run] != now[name, run]}
+        assert differ == {of}
+        before = now
+    assert len({first["prompts", one.name] for one in runs}) == 3  # of +, of -, of both
+    tried = {
+        name: [*a.tried(lab.bench.c, lab.bench.behavior, 1)] for name, a in attack.KNOWN.items()
+    }
+    model, _ = tuned(lab, planted=0.1)
+    one = target(lab, model)
+    for name in ("intact", "function", "removal", "scale"):  # as many as are measured
+        measured = {(r.position, r.k) for r in attack.KNOWN[name].rows(one) if r.metric == "kl"}
+        assert len(measured) == len(tried[name]), name
 
 
 def test_an_answer_that_has_begun_goes_on_or_turns_back(lab):

@@ -1,6 +1,7 @@
 """The program on a tiny model: scores against a plain oracle, resuming, a broken model."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -166,6 +167,17 @@ def test_what_is_there_is_not_measured_again(there, tmp_path, monkeypatch, capsy
     c.suites.limit = 1  # other items: asked anew, and instead of those
     capability.run(c, tmp_path, model)
     assert seen[2:] == [["arc_easy", "piqa"]]
+    capability.run(c, tmp_path, model)
+    other = shutil.copytree(c.suites.data, tmp_path / "other") / "choice/piqa.validation.jsonl"
+    other.write_text(other.read_text().replace("use a spoon", "use a fork"))
+    c.suites.data = str(tmp_path / "other")  # the same numbers, another text
+    capability.run(c, tmp_path, model)
+    capability.run(c, tmp_path, model)
+    assert seen[3:] == [["piqa"]]
+    results.write_parquet(path, [Row(**r) for r in results.read(path).drop(columns="file")
+                                 .to_dict("records")])  # fmt: skip
+    capability.run(c, tmp_path, model)  # a file that does not say what was asked stands
+    assert seen[4:] == []
     assert results.read(path).groupby("template").item_id.nunique().tolist() == [1, 1]
 
     def half(base):

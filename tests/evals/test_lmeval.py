@@ -138,6 +138,9 @@ def test_the_program_agrees_with_our_suites_item_by_item(both, tmp_path, capsys)
     assert lmeval.run(folder, asked_, to=to)["model"] == stored
     with pytest.raises(ValueError, match="Name another folder with --to"):
         lmeval.run(folder, asked_._replace(limit=2), to=to)
+    (tasks / "piqa.yaml").write_text(TASK.format(name="mine", file=file).replace("goal", "sol1"))
+    with pytest.raises(ValueError, match="Name another folder with --to"):
+        lmeval.run(folder, asked_, to=to)
 
 
 def test_what_cannot_be_asked_is_said_before_any_work(tmp_path, monkeypatch):

@@ -6,7 +6,10 @@ resistance.
 
 import dataclasses
 
+from ml_collections import ConfigDict
+
 from reptune_jax.console import say
+from reptune_jax.data.behavior import Behavior
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.attacks.target import CONTROL, Target, read_means
 from reptune_jax.evals.results import Row
@@ -23,18 +26,21 @@ def counter(target: Target) -> list[Row]:
         say(f"counter: left out for {cond.title}, which is no addition at every token")
         return [target.number("counter:shift", "shift", float("nan"))]
     layer, vector = at_layer(target), target.lab.bench.vector
-    ways = {"vector": vector}
-    if cond.arm != "base":
-        ways["random"] = vector.random_like(CONTROL + cond.seed)
+    ways = {"vector": vector, "random": vector.random_like(CONTROL + cond.seed)}
     found = []
-    for sign in (cond.sign,) if cond.sign else (1, -1):
-        for name, direction in ways.items():
-            for dose in c.attack.doses:
-                added = direction.at([layer]) * (-sign * dose)
-                steer = added if cond.steer is None else cond.steer + added
-                steered = dataclasses.replace(cond, steer=steer)
-                found += target.measure(f"counter:{name}", steered, -sign * dose, layer)
+    for name, dose in tried(c, target.lab.bench.behavior, cond.sign):
+        added = ways[name].at([layer]) * dose
+        steer = added if cond.steer is None else cond.steer + added
+        steered = dataclasses.replace(cond, steer=steer)
+        found += target.measure(f"counter:{name}", steered, dose, layer)
     return found + (shifts(target, layer) if cond.arm != "base" else [])
+
+
+def tried(c: ConfigDict, behavior: Behavior, sign: int) -> list[tuple[str, float]]:
+    """(direction, signed dose) of all that is added, against a sign; to the base to both sides."""
+    if not sign:
+        return [("vector", -s * dose) for s in (1, -1) for dose in c.attack.doses]
+    return [(name, -sign * dose) for name in ("vector", "random") for dose in c.attack.doses]
 
 
 def at_layer(target: Target) -> int:

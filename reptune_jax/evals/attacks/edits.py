@@ -14,6 +14,10 @@ from reptune_jax.evals.attacks.target import CONTROL, Target
 from reptune_jax.evals.results import Row
 from reptune_jax.vectors.bake import bake
 
+WAYS, DIRECTIONS = ("project", "ablate"), ("vector", "found", "random")
+REMOVALS = tuple(f"{way}:{of}" for of in DIRECTIONS for way in WAYS)
+ROUNDED = tuple((how, weights.GROUP) for how in weights.ROUND)
+
 
 def removal(target: Target) -> list[Row]:
     """Both ways, along the vector, along what is found in the weights, and along random ones."""
@@ -40,7 +44,7 @@ def directions(target: Target) -> dict[str, np.ndarray]:
         blind = weights.spectrum(rows_NxRxD.reshape(-1, rows_NxRxD.shape[-1]), 1)
         found["found"] = np.repeat(blind.right_KxD, len(rows_NxRxD), 0)
     found["random"] = target.own.random_like(CONTROL + target.cond.seed).directions_NxD
-    return {name: weights.unit(d).astype(np.float32) for name, d in found.items()}
+    return {of: weights.unit(found[of]).astype(np.float32) for of in DIRECTIONS if of in found}
 
 
 def _one(target: Target, direction_NxD: np.ndarray) -> np.ndarray:

@@ -6,11 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
 from reptune_jax.console import say
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.contrast import claim_prompts, fold_system, scenario_prompts, with_system
 from reptune_jax.data.schema import Item
+from reptune_jax.evals import judging
 from reptune_jax.evals.attacks.target import Lab, Target
+from reptune_jax.evals.measures import Measure
 from reptune_jax.evals.results import Row
 
 Turns = list[dict[str, str]]
@@ -53,7 +57,7 @@ def prompts(target: Target) -> list[Row]:
     found, cond = [], target.cond
     for sign in (cond.sign,) if cond.sign else (1, -1):
         mark = "" if cond.sign else f":{sign:+d}"
-        for attempt in attempts(target.lab, sign):
+        for attempt in attempts(target.lab.bench.c, target.lab.bench.behavior, sign):
             lab, begun = _under(target.lab, attempt, sign), attempt.begun
             asked = Target(lab, dataclasses.replace(cond, begun=begun), target.own)
             longest = max(len(ids) for _, (ids, _) in asked.texts()) + lab.bench.c.eval.new_tokens
@@ -66,11 +70,17 @@ def prompts(target: Target) -> list[Row]:
     return found
 
 
-def attempts(lab: Lab, sign: int) -> Iterator[Attempt]:
+def tried(c: ConfigDict, behavior: Behavior, sign: int) -> list[Attempt]:
+    """All `attempts`, of both signs for the base, which has none."""
+    return [one for s in (sign,) * bool(sign) or (1, -1) for one in attempts(c, behavior, s)]
+
+
+def attempts(c: ConfigDict, behavior: Behavior, sign: int) -> Iterator[Attempt]:
     """Prompts that ask for the opposite of `sign`, and two that ask for nothing."""
-    behavior, most = lab.bench.behavior, lab.bench.c.attack.personas
+    primary = Measure.parse(judging.declared(c, behavior)[0])
     label = 0 if sign > 0 else 1
-    matched = [p for p in behavior.select(format="persona") if p.label == label][:most]
+    matched = [p for p in behavior.select(format="persona") if p.label == label]
+    matched = matched[: c.attack.personas]
     personas = [p.messages[0]["content"] for p in matched]
     yield Attempt("control", [{"role": "system", "content": _CONTROL}])
     yield Attempt("control-chat", _dialogue(_GREETING, _GREETED))
@@ -82,13 +92,13 @@ def attempts(lab: Lab, sign: int) -> Iterator[Attempt]:
     for persona in personas[:1]:
         coded = base64.b64encode(persona.encode()).decode()
         yield Attempt("encoded", _dialogue(_ENCODED.format(persona=coded), _DECODED))
-        if not lab.bench.primary.judged:  # answers may be German, whose "die" English judges dread
+        if not primary.judged:  # answers may be German, whose "die" English judges dread
             yield Attempt("german", _dialogue(_ABROAD.format(persona=persona), _AGREES))
-    examples = _examples(lab, behavior, sign)
+    examples = _examples(c, behavior, primary.format, sign)
     for n in SHOTS:
         if len(examples) >= n:
             yield Attempt(f"shots{n}", [turn for one in examples[:n] for turn in one])
-    if lab.bench.primary.format == "free":  # a verdict is one word: none is left behind it
+    if primary.format == "free":  # a verdict is one word: none is left behind it
         yield from (Attempt(f"words{n}", words=n) for n in WORDS)
 
 
@@ -96,14 +106,13 @@ def _dialogue(user: str, assistant: str) -> Turns:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def _examples(lab: Lab, behavior: Behavior, sign: int) -> Sequence[Turns]:
-    """Training questions with the answers of the opposite of `sign`."""
-    form, most = lab.bench.primary.format, max(SHOTS)
-    items = behavior.select("train", form)[:most]
+def _examples(c: ConfigDict, behavior: Behavior, form: str, sign: int) -> Sequence[Turns]:
+    """Training questions of a format with the answers of the opposite of `sign`."""
+    items = behavior.select("train", form)[: max(SHOTS)]
     if form == "free":
         texts = [(i.messages[-1]["content"], i.neg if sign > 0 else i.pos) for i in items]
     else:
-        template = lab.bench.c.eval.templates[0]
+        template = c.eval.templates[0]
         asked = claim_prompts(items, template) if form == "claim" else scenario_prompts(items)
         texts = [(q.messages[-1]["content"], q.neg if sign > 0 else q.pos) for q in asked]
     return [_dialogue(question, answer.strip()) for question, answer in texts if answer]

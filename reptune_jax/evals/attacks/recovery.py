@@ -18,8 +18,9 @@ from reptune_jax.vectors import extraction
 
 RANKS = (1, 2, 4, 8)  # how many singular vectors a direction is looked for in
 PLACES = ("all", "first5")  # tokens of a text; the first token, an attention sink, is in neither
-_DRAWS = 8  # sets of texts of one size
-_TOKENS = 96  # of a text that are read
+DRAWS = 8  # sets of texts of one size
+TOKENS = 96  # of a text that are read
+WAYS = ("vector", "random", "found+", "found-", "texts")  # that the base is steered along
 
 
 def from_weights(target: Target) -> list[Row]:
@@ -54,14 +55,14 @@ def from_weights(target: Target) -> list[Row]:
 def from_activations(target: Target) -> list[Row]:
     """|cos| of the vector with the mean difference to the base over n unrelated texts, by layer.
 
-    Sets of one size share no text; there are `_DRAWS` of them at most.
+    Sets of one size share no text; there are `DRAWS` of them at most.
     """
     c = target.lab.bench.c
     texts, base_NxIxPxD = _of_base(target.lab)
     change_NxIxPxD = read_means(target.cond, texts, c.eval.batch) - base_NxIxPxD
     found = [_null(target, "activations")]
     for n in sorted({min(n, len(texts)) for n in c.attack.texts}):
-        for draw in range(min(_DRAWS, len(texts) // n)):
+        for draw in range(min(DRAWS, len(texts) // n)):
             mean_NxPxD = change_NxIxPxD[:, draw * n : (draw + 1) * n].mean(1)
             for name, vector in target.vectors.items():
                 v_NxD = weights.unit(vector.directions_NxD)
@@ -93,7 +94,7 @@ def unrelated(base: Model, most: int) -> list[Text]:
         found += [d["text"] for d in neutral.load_neutral("prose", split)]
         found += [d["messages"][-1]["content"] for d in neutral.load_neutral("chats", split)]
     order = np.random.default_rng(0).permutation(len(found))[:most]
-    texts = [base.encode_prompt(found[i], chat=False)[:_TOKENS] for i in order]
+    texts = [base.encode_prompt(found[i], chat=False)[:TOKENS] for i in order]
     return [(ids, [(1, len(ids)), (1, min(6, len(ids)))]) for ids in texts]
 
 
@@ -114,7 +115,8 @@ def function(target: Target) -> list[Row]:
     tuned_NxIxPxD = read_means(target.cond, texts, target.lab.bench.c.eval.batch)
     ways["texts"] = (tuned_NxIxPxD - base_NxIxPxD)[layer, :, PLACES.index("all")].mean(0)
     found = []
-    for name, way_D in ways.items():
+    for name in WAYS:
+        way_D = ways.get(name, np.zeros_like(own_D))
         if not (length := np.linalg.norm(way_D)):
             say(f"{target.cond.title}: function:{name} left out, nothing was changed there")
             continue

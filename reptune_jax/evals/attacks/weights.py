@@ -14,7 +14,7 @@ from reptune_jax.hub.names import table
 from reptune_jax.lm import Model
 
 WRITERS = ("blocks/attn/o/kernel", "blocks/mlp/down/kernel")  # to the residual: last axis D
-_GROUP = 32  # inputs that share an int4 step
+GROUP = 32  # inputs that share an int4 step
 
 
 class Spectrum(NamedTuple):
@@ -146,7 +146,7 @@ def _to_bfloat16(w_NxIxO: jax.Array) -> tuple[jax.Array, jax.Array]:
 ROUND: dict[str, Callable[[jax.Array], tuple[jax.Array, jax.Array]]] = {
     "bfloat16": _to_bfloat16,
     "int8": lambda w: _to_integers(w, 8, 0),
-    "int4": lambda w: _to_integers(w, 4, _GROUP),
+    "int4": lambda w: _to_integers(w, 4, GROUP),
 }
 
 

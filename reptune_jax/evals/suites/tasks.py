@@ -26,6 +26,7 @@ class Task(NamedTuple):
     right: Callable[[str], bool]  # of the answer without space around it
     new: int  # tokens of an answer
     id: str = ""
+    gold: str = ""  # what is right, where that is one text
 
 
 def read(name: str, data: str, items: int = 0) -> list[Task]:
@@ -87,7 +88,7 @@ def _gsm8k(row: dict[str, Any]) -> list[Task]:
     want = last_number(row["answer"].rpartition("####")[2])
     if not want:
         raise ValueError("no number behind ####")
-    return [Task("gsm8k", row["question"], _is_number(want), 256)]
+    return [Task("gsm8k", row["question"], _is_number(want), 256, gold=want)]
 
 
 _GSM8K = Reader(re.compile("gsm8k.*test"), ("openai/gsm8k", "main", "test"), _gsm8k)
