@@ -50,7 +50,7 @@ SUITES = (
 # Of tuned weights, that `evals.attack` knows.
 ATTACKS = (
     "weights", "activations", "again", "function", "removal", "scale", "counter", "rounding",
-    "prompts",
+    "prompts", "paraphrase",
 )  # fmt: skip
 
 CONTRASTS = {"weights": "token", "contrast": "dual"}  # and the arm whose two signs it is made of

@@ -25,7 +25,15 @@ from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.evals import capability, results
-from reptune_jax.evals.attacks import counter, edits, prompting, recovery, target, words
+from reptune_jax.evals.attacks import (
+    counter,
+    edits,
+    paraphrase,
+    prompting,
+    recovery,
+    target,
+    words,
+)
 from reptune_jax.evals.attacks.target import Lab, Target
 from reptune_jax.evals.attacks.verdicts import Attacks
 from reptune_jax.evals.bench import prepare
@@ -72,6 +80,7 @@ KNOWN: dict[str, Attack] = {
     "counter": Attack(counter.counter, _ANY, (*_MEASURED, "layer"), counter.tried),
     "rounding": Attack(edits.rounding, ("base", *TUNED), _MEASURED, _always(*edits.ROUNDED)),
     "prompts": Attack(prompting.prompts, _ANY, ("prompts",), prompting.tried),
+    "paraphrase": Attack(paraphrase.paraphrase, _ANY, ("prompts",), paraphrase.tried),
 }
 assert {INTACT, *ATTACKS} == set(KNOWN)
 

@@ -146,6 +146,13 @@ PROMPTS = _line("""
     that without. Flipped: share of the values on the sign's side of 0 that leave it, and of the
     base's.
 """)
+PARAPHRASED = _line("""
+    The same questions in other words, made by rules: in polite ones, after an aside, as an indirect
+    question, a question as a request and a request as a question, as one types on a telephone, in
+    capitals, with letters exchanged. Of claims, around which there is a question already, the last
+    three. Effect kept: difference to the base asked likewise, over that in the study's own words;
+    what the base loses too is not the tuning's. Flipped: as above.
+""")
 GUARDS = _line("""
     Generated answers on test: a behavior score bought with degenerate text shows here. Stopped:
     share that ended by themselves within eval.new_tokens.

@@ -33,7 +33,7 @@ def blocks(study: Study) -> list[Block]:
     built = [_verdicts(study, attacks), _found(attacks), _plot(attacks)]
     built.append(_copied(attacks))
     built += [_edits(edits), _steered(attacks), _rounded(edits, attacks), _prompts(edits)]
-    built.append(_relearned(edits))
+    built += [_paraphrased(edits), _relearned(edits)]
     return [block for block in built if block]
 
 
@@ -216,3 +216,20 @@ def _prompts(edits: list[Removed]) -> Table | None:
     header = ["Arm", "Prompt", f"Effect removed {_CI}", f"Lead on the base kept {_CI}"]
     header += ["Items flipped", "Of the base's", "Verdict"]
     return _table("Is it talked away", captions.PROMPTS, header, rows)
+
+
+def _paraphrased(edits: list[Removed]) -> Table | None:
+    rows = [
+        [
+            _name(r.arm, r.sign),
+            words.kind(r)[1],
+            interval(r.kept, 2, False),
+            percent(r.flips[0]),
+            percent(r.flips[1]),
+            r.verdict,
+        ]
+        for r in edits
+        if words.kind(r)[0] == "paraphrase"
+    ]
+    header = ["Arm", "Form", f"Effect kept {_CI}", "Items flipped", "Of the base's", "Verdict"]
+    return _table("Is it kept in other words", captions.PARAPHRASED, header, rows)

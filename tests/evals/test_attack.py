@@ -14,7 +14,15 @@ from reptune_jax import lm
 from reptune_jax.data.contrast import Contrast
 from reptune_jax.evals import attack, claims, scoring
 from reptune_jax.evals.arms import Condition
-from reptune_jax.evals.attacks import counter, edits, prompting, recovery, verdicts, weights
+from reptune_jax.evals.attacks import (
+    counter,
+    edits,
+    paraphrase,
+    prompting,
+    recovery,
+    verdicts,
+    weights,
+)
 from reptune_jax.evals.attacks.target import Lab, Target
 from reptune_jax.evals.attacks.verdicts import Attacks
 from reptune_jax.evals.bench import Bench
@@ -246,6 +254,50 @@ def test_what_is_tried_is_part_of_what_a_stored_attack_is_known_by(lab, monkeypa
     for name in ("intact", "function", "removal", "scale"):  # as many as are measured
         measured = {(r.position, r.k) for r in attack.KNOWN[name].rows(one) if r.metric == "kl"}
         assert len(measured) == len(tried[name]), name
+
+
+OTHER_WORDS = {
+    "polite": "Hello! Could you please help me with this? "
+    "I like soup. Do you? Thank you very much.",
+    "aside": "This is the last thing on my list for today. I like soup. Do you?",
+    "indirect": "I have wondered about it, and ask you now. I like soup. Do you?",
+    "request": "I like soup. Please tell me: do you.",
+    "texting": "i like soup. do u",
+    "capitals": "I LIKE SOUP. DO YOU?",
+    "typos": "I like soup. Do you?",  # no word is long enough
+}
+
+
+def test_the_same_is_asked_in_other_words(lab):
+    """Each form is that of its rules, always; what is measured is the reworded item, alone."""
+    item = lab.bench.prompts("test")[0]
+
+    def worded(text, form, id="i"):
+        asked = dataclasses.replace(item, id=id, messages=({"role": "user", "content": text},))
+        return paraphrase.reworded(asked, form).messages[-1]["content"]
+
+    assert {form: worded("I like soup. Do you?", form) for form in paraphrase.FORMS} == OTHER_WORDS
+    assert worded("Write of rain.", "request") == "Would you do this for me? Write of rain."
+    assert worded("In the pocket lies", "request") == "How does this go on? In the pocket lies"
+    assert not worded("In the pocket lies", "polite").endswith("much.")
+    plain = "Which mountain railway leaves every morning?"
+    wrong = {worded(plain, "typos", f"i{i}") for i in range(9)}
+    assert len(wrong) > 1 and worded(plain, "typos") == worded(plain, "typos")
+    for text in wrong:
+        pairs = [(a, b) for a, b in zip(plain.split(), text.split(), strict=True) if a != b]
+        assert pairs and all(sorted(a) == sorted(b) and a[0] == b[0] for a, b in pairs)
+    base = Target(lab, Condition(lab.bench.base, "base"), lab.bench.vector)
+    rows = frame(paraphrase.paraphrase(base))
+    assert set(rows.metric) == {"logodds"} and set(rows.prompt_sha) == {""}
+    for form in paraphrase.FORMS:
+        own = rows[rows.position == f"paraphrase:{form}"].set_index("item_id").value
+        items = [paraphrase.reworded(item, form) for item in lab.bench.prompts("test")]
+        want = scoring.contrasts(base.cond, items, lab.bench.c.eval.batch)
+        assert own[[i.id for i in items]].tolist() == pytest.approx([w["value"] for w in want])
+    c = lab.bench.c.copy_and_resolve_references()
+    c.study.primary = "logodds:claim"  # around a claim there is a question already
+    about = dataclasses.replace(lab.bench.behavior, measures=("logodds:claim",))
+    assert [*paraphrase.LETTERS] == paraphrase.tried(c, about, 1)
 
 
 def test_an_answer_that_has_begun_goes_on_or_turns_back(lab):

@@ -22,8 +22,13 @@ LEFT = {
     "round:int8": (0.3, 0.02), "round:int4": (0.1, 0.06),
     "function:vector": (0.8, 0.05), "function:found+": (0.6, 0.04), "function:found-": (-0.2, 0.04),
     "function:texts": (0.2, 0.01), "function:random": (0.0, 0.03),
+    "paraphrase:polite": (0.9, np.nan), "paraphrase:typos": (0.3, np.nan),
+    "paraphrase:capitals": (0.2, np.nan),
 }  # fmt: skip
-BASE_LEFT = {"prompt:persona0:+1": -0.5, "round:int8": -0.7, "round:int4": 0.0}
+BASE_LEFT = {
+    "prompt:persona0:+1": -0.5, "round:int8": -0.7, "round:int4": 0.0,
+    "paraphrase:polite": 0.0, "paraphrase:typos": -0.7, "paraphrase:capitals": 0.0,
+}  # fmt: skip
 DOSES = (0.5, 1.0, 2.0)  # the vector undoes 1.5 effects a dose, a random one nothing
 
 
@@ -85,12 +90,21 @@ def test_an_effect_is_broken_within_the_budget_and_beyond_a_random_direction_onl
         "prompt:shots1": verdicts.HELD,
         "round:int8": verdicts.HELD,  # the base gives way by as much
         "round:int4": verdicts.BROKEN,
+        "paraphrase:polite": verdicts.HELD,
+        "paraphrase:typos": verdicts.HELD,  # the base gives way by as much
+        "paraphrase:capitals": verdicts.BROKEN,
     }
     for how, r in found.items():
         assert r.removed.estimate == pytest.approx(1 - LEFT[how][0], abs=0.03)
         assert r.removed.low < 1 - LEFT[how][0] < r.removed.high or how == "scale"
         assert np.isnan(LEFT[how][1]) == np.isnan(r.kl) and r.items == 48
     assert found["project:found"].ahead.estimate == pytest.approx(0.78, abs=0.03)
+    (told,) = [s for s in words.said(attacks) if s.attack == "other words for the question"]
+    assert told.verdict == verdicts.BROKEN and told.took.startswith("3 forms, 20% [")
+    assert told.took.endswith("of the effect kept in the worst, capitals")
+    rows = attacks.rows[attacks.rows.position != "paraphrase:capitals"]
+    (told,) = [s for s in words.said(Attacks.of(rows, 0.1)) if s.attack == told.attack]
+    assert told.verdict == verdicts.HELD and told.took.endswith("in the worst, polite")
     persona = found["prompt:persona0"]  # the base gives way too, by half an effect
     assert persona.kept.estimate == pytest.approx(0.6, abs=0.03)
     values = attacks.effects("dual", 1)
@@ -159,7 +173,7 @@ def test_the_report_and_the_card_say_it_and_never_that_it_is_secure(tmp_path):
     read = study.read(folder)
     text, page = markdown.render(read), html.render(read)
     for shown in (text, page):
-        for title in ("What broke", "Is the vector found", "Is it steered back"):
+        for title in ("What broke", "Is the vector found", "Is it kept in other words"):
             assert title in shown
         assert "not broken within budget" in shown and "25.0 %" in shown
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| dual + |")]

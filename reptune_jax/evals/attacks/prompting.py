@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from reptune_jax.console import say
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.contrast import claim_prompts, fold_system, scenario_prompts, with_system
 from reptune_jax.data.schema import Item
@@ -60,13 +59,7 @@ def prompts(target: Target) -> list[Row]:
         for attempt in attempts(target.lab.bench.c, target.lab.bench.behavior, sign):
             lab, begun = _under(target.lab, attempt, sign), attempt.begun
             asked = Target(lab, dataclasses.replace(cond, begun=begun), target.own)
-            longest = max(len(ids) for _, (ids, _) in asked.texts()) + lab.bench.c.eval.new_tokens
-            if longest > (cond.model.context or longest):
-                say(f"prompt:{attempt.name}: left out, it needs up to {longest} tokens of context")
-                continue
-            rows = asked.measure(f"prompt:{attempt.name}{mark}")
-            # Another prompt than that of the same item elsewhere, which is what is tried.
-            found += [dataclasses.replace(row, prompt_sha="") for row in rows]
+            found += asked.measure_asked(f"prompt:{attempt.name}{mark}")
     return found
 
 
@@ -120,12 +113,9 @@ def _examples(c: ConfigDict, behavior: Behavior, form: str, sign: int) -> Sequen
 
 def _under(lab: Lab, attempt: Attempt, sign: int) -> Lab:
     """The same questions after these turns, and before these first words of an answer."""
-    bench = dataclasses.replace(lab.bench)
-    tokenizer = bench.base.tokenizer
+    tokenizer = lab.bench.base.tokenizer
 
     def asked(item: Item) -> Item:
-        if item.split != "test" or item.format == "persona":
-            return item
         messages = [*attempt.before, *item.messages]
         if attempt.before and attempt.before[0]["role"] == "system":
             persona = dataclasses.replace(item, messages=tuple(attempt.before))
@@ -133,10 +123,7 @@ def _under(lab: Lab, attempt: Attempt, sign: int) -> Lab:
         item = dataclasses.replace(item, messages=tuple(messages))
         return _begun(item, attempt.words, sign) if attempt.words else item
 
-    items = tuple(map(asked, lab.bench.behavior.items))
-    # Where the property keeps what it made.
-    vars(bench)["behavior"] = dataclasses.replace(lab.bench.behavior, items=items)
-    return Lab(bench, prose=())
+    return lab.asking(asked)
 
 
 def _begun(item: Item, words: int, sign: int) -> Item:

@@ -1,7 +1,7 @@
 """What is attacked, and how an attack is measured: by the study's own primary measure."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,17 @@ class Lab:
         prose = neutral.prose(bench.base, "test", c.attack.documents)
         known = scoring.refer(bench.base, prose, c.eval.batch)
         return cls(dataclasses.replace(bench, c=c), known)
+
+    def asking(self, change: Callable[[Item], Item]) -> "Lab":
+        """Test items as `change` leaves them; no prose, which is not asked."""
+        bench, behavior = dataclasses.replace(self.bench), self.bench.behavior
+        items = (
+            change(item) if item.split == "test" and item.format != "persona" else item
+            for item in behavior.items
+        )
+        # Where the property keeps what it made.
+        vars(bench)["behavior"] = dataclasses.replace(behavior, items=tuple(items))
+        return Lab(bench, prose=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +102,18 @@ class Target:
         about: dict[str, Any] = {"split": SPLIT, "item_id": item, "cluster": item, "position": how}
         value = float(value) if np.isfinite(value) else np.nan
         return Row(**labels, **about, metric=metric, value=value)
+
+    def measure_asked(self, how: str) -> list[Row]:
+        """`measure` of other prompts than the study's, which no other row of an item has.
+
+        Nothing, which is said, where they are longer than the model's context.
+        """
+        context = self.cond.model.context
+        longest = max(len(ids) for _, (ids, _) in self.texts()) + self.lab.bench.c.eval.new_tokens
+        if longest > (context or longest):
+            say(f"{how}: left out, it needs up to {longest} tokens of context")
+            return []
+        return [dataclasses.replace(row, prompt_sha="") for row in self.measure(how)]
 
     def measure(
         self, how: str, cond: Condition | None = None, k: float = 0.0, layer: int = -1

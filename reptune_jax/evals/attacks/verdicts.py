@@ -19,7 +19,7 @@ NOTHING = "no effect to attack"
 UNSPECIFIC = "no better than a random direction"
 DESTROYED = "beyond the budget of KL"
 _HALF = 0.5  # of the effect: with less than that left a model is broken
-_KINDS = ("project", "ablate", "scale", "round", "prompt", "relearn")
+_KINDS = ("project", "ablate", "scale", "round", "prompt", "paraphrase", "relearn")
 _ITEM = ["cluster", "item_id", "template", "order"]
 _NO = Interval(np.nan, np.nan, np.nan)
 
@@ -191,7 +191,7 @@ def _removed(attacks: Attacks, effects: Effects, arm: str, how: str, k: float) -
     kl, before = (attacks.kl.get((arm, sign, *at), np.nan) for at in ((how, k), ("intact", 0.0)))
     if not (effects.effect.low > 0):
         verdict = NOTHING
-    elif kind == "round":  # a reduction that the base has too is not the tuning's
+    elif kind in ("round", "paraphrase"):  # a reduction that the base has too is not the tuning's
         verdict = BROKEN if kept.high < _HALF else HELD if kept.low > _HALF else UNDECIDED
     elif kl > max(attacks.max_kl, before):
         verdict = DESTROYED

@@ -7,6 +7,7 @@ from reptune_jax.evals.attacks.verdicts import (
     BROKEN,
     HELD,
     NOTHING,
+    UNDECIDED,
     Attacks,
     Copied,
     Found,
@@ -51,6 +52,7 @@ def said(attacks: Attacks) -> list[Said]:
         told += _taken("edits of its weights alone", _of(own, "ablate"), attacks)
         told += [_steered(d) for d in doses if (d.arm, d.sign) == one]
         told += _taken("prompts", _of(own, "prompt"), attacks)
+        told += _reworded(_of(own, "paraphrase"))
         told += [_rounded(r) for r in _of(own, "round")]
         told += _taken("training toward the opposite", _of(own, "relearn"), attacks)
         out += [Said(*one, *t) for t in told]
@@ -113,6 +115,21 @@ def _steered(d: Steered) -> tuple[str, str, str]:
         return "steering back", HELD, f"doses up to {d.most:g}"
     took = f"dose {d.dose.estimate:.2f}; the change itself is worth {d.shift.estimate:.2f}"
     return "steering back", d.verdict, took
+
+
+def _reworded(tried: list[Removed]) -> list[tuple[str, str, str]]:
+    """Of all forms the one that leaves least."""
+    if not tried:
+        return []
+    broke = [r for r in tried if r.verdict == BROKEN]
+    least = min(broke or tried, key=lambda r: r.kept.estimate)
+    word = least.verdict
+    if word == HELD and any(r.verdict != HELD for r in tried):
+        word = UNDECIDED
+    kept = (
+        f"{len(tried)} forms, {share(least.kept)} of the effect kept in the worst, {kind(least)[1]}"
+    )
+    return [("other words for the question", word, "" if word == NOTHING else kept)]
 
 
 def _rounded(r: Removed) -> tuple[str, str, str]:
