@@ -257,7 +257,9 @@ def test_attacks_are_tried_on_every_run_and_not_again(done, monkeypatch, capsys)
         found = set(rows[rows.metric == "aligned"].groupby("arm").position.unique().explode())
         assert {"weights:blind", "weights:blind:own", "weights:layer"} <= found
         assert not (rows[rows.arm == "dual"].position == "weights:blind:own").any()
-        assert "finding the vector with the base's weights" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "finding the vector with the base's weights" in told
+        assert "up to 13 measurements of 2 items, 6 of them of the control random" in told
         before = files(folder)
         attack.run(c, folder, model)
         assert files(folder) == before

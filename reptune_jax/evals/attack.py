@@ -34,6 +34,7 @@ from reptune_jax.evals.attacks import (
     target,
     words,
 )
+from reptune_jax.evals.attacks.controls import CONTROL
 from reptune_jax.evals.attacks.target import Lab, Target
 from reptune_jax.evals.attacks.verdicts import Attacks
 from reptune_jax.evals.bench import prepare
@@ -110,9 +111,8 @@ def run(
             "expected something to attack. Run the study first."
         )
     lab, about = cache(lambda: Lab.of(prepare(c, study, model))), _about(c, study)
-    paths = []
+    paths, missing = [], dict[Planned, list[tuple[str, Attack, Path, str]]]()
     for one in planned:
-        made = cache(lambda one=one: _target(study, one, lab()))
         for name, attack in {INTACT: KNOWN[INTACT], **attacks}.items():
             path = study.attack(name, one.name)
             if _setting(one)[0] not in attack.arms:
@@ -121,7 +121,13 @@ def run(
             asked = _digest(c, about, attack, one)
             if _there(path) == {asked}:
                 say(f"{path}: already there")
-                continue
+            else:
+                missing.setdefault(one, []).append((name, attack, path, asked))
+    if missing:
+        say(_cost(c, {one: [attack for _, attack, *_ in of] for one, of in missing.items()}))
+    for one, of in missing.items():
+        made = cache(lambda one=one: _target(study, one, lab()))
+        for name, attack, path, asked in of:
             with study.writing():
                 study.claim(c)
                 rows = attack.rows(made())
@@ -157,6 +163,20 @@ def _target(study: Study, one: Planned, lab: Lab) -> Target:
     cond, file = one.make(lab.bench.base), study.run(one.name).vector
     own = SteeringVector.load(file) if distributed.exists(file) else lab.bench.vector
     return Target(lab, cond, own)
+
+
+def _cost(c: ConfigDict, missing: Mapping[Planned, Sequence[Attack]]) -> str:
+    """What is to be done: how often the items are measured, and how often for the control alone."""
+    behavior = behaviors.load(c.behavior)
+    times = {
+        one: sum(len(a.tried(c, behavior, _setting(one)[1])) for a in of if "prompts" in a.keys)
+        for one, of in missing.items()
+    }
+    control = sum(n for one, n in times.items() if _setting(one)[0] == CONTROL)
+    without = f", {control} of them of the control {CONTROL}, which attack.arms may leave out"
+    items = f"{c.attack.prompts or 'all'} items"
+    all_of_them = sum(times.values())
+    return f"attack: up to {all_of_them} measurements of {items}{without if control else ''}"
 
 
 def _about(c: ConfigDict, study: Study) -> dict[str, Any]:

@@ -153,6 +153,13 @@ PARAPHRASED = _line("""
     three. Effect kept: difference to the base asked likewise, over that in the study's own words;
     what the base loses too is not the tuning's. Flipped: as above.
 """)
+BESIDE = _line("""
+    What attacks of one kind take on average, of the arm's effect and of that of the arm that was
+    tuned toward a random direction, with the same labels, losses and layers: what it loses too is
+    no matter of the vector. Of edits along the vector and along what was found, a random direction
+    apart; of prompts without the controls; of other words and rounding what is lost of the lead on
+    the base. The difference is paired by item and seed; not adjusted for the number of lines.
+""")
 GUARDS = _line("""
     Generated answers on test: a behavior score bought with degenerate text shows here. Stopped:
     share that ended by themselves within eval.new_tokens.

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from reptune_jax import config as configs
-from reptune_jax.evals.attacks import verdicts, words
+from reptune_jax.evals.attacks import controls, verdicts, words
 from reptune_jax.evals.attacks.verdicts import Attacks, Found, Removed
 from reptune_jax.evals.attacks.words import Said
 from reptune_jax.report import captions
@@ -33,7 +33,7 @@ def blocks(study: Study) -> list[Block]:
     built = [_verdicts(study, attacks), _found(attacks), _plot(attacks)]
     built.append(_copied(attacks))
     built += [_edits(edits), _steered(attacks), _rounded(edits, attacks), _prompts(edits)]
-    built += [_paraphrased(edits), _relearned(edits)]
+    built += [_paraphrased(edits), _relearned(edits), _beside(attacks)]
     return [block for block in built if block]
 
 
@@ -233,3 +233,26 @@ def _paraphrased(edits: list[Removed]) -> Table | None:
     ]
     header = ["Arm", "Form", f"Effect kept {_CI}", "Items flipped", "Of the base's", "Verdict"]
     return _table("Is it kept in other words", captions.PARAPHRASED, header, rows)
+
+
+_KINDS = {
+    "project": "edits, with the base", "ablate": "edits", "prompt": "prompts",
+    "paraphrase": "other words", "round": "rounding", "relearn": "training",
+}  # fmt: skip
+
+
+def _beside(attacks: Attacks) -> Table | None:
+    rows = [
+        [
+            _name(b.arm, b.sign),
+            f"{_KINDS[b.kind]} ({b.tried})",
+            interval(b.own, 2),
+            interval(b.random, 2),
+            interval(b.more, 2),
+            b.verdict,
+        ]
+        for b in controls.beside(attacks)
+    ]
+    header = ["Arm", "Attacks (tried)", f"Of its effect {_CI}", f"Of the random arm's {_CI}"]
+    header += [f"Difference {_CI}", "Verdict"]
+    return _table("Beside the random arm", captions.BESIDE, header, rows)

@@ -268,6 +268,17 @@ OTHER_WORDS = {
 }
 
 
+def test_what_attacks_cost_and_what_of_it_the_control_is_said(lab):
+    c, known = lab.bench.c, attack.KNOWN
+    missing = {
+        Planned("base", None): [known["intact"]],
+        Planned("random+_s0", None): [known[name] for name in ("intact", "removal", "weights")],
+    }
+    assert "up to 8 measurements of 32 items, 7 of them of the control" in attack._cost(c, missing)
+    del missing[Planned("random+_s0", None)]
+    assert attack._cost(c, missing) == "attack: up to 1 measurements of 32 items"
+
+
 def test_the_same_is_asked_in_other_words(lab):
     """Each form is that of its rules, always; what is measured is the reworded item, alone."""
     item = lab.bench.prompts("test")[0]

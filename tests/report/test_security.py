@@ -7,7 +7,7 @@ import scipy.stats
 
 from reptune_jax import cards, config, depth
 from reptune_jax.evals import results, stats
-from reptune_jax.evals.attacks import verdicts, words
+from reptune_jax.evals.attacks import controls, verdicts, words
 from reptune_jax.evals.attacks.verdicts import Attacks
 from reptune_jax.evals.results import Row
 from reptune_jax.report import html, markdown, sections, security, study
@@ -135,6 +135,31 @@ def test_what_was_found_is_worth_its_share_of_the_vectors_effect(attacks):
     assert {x.how: x.verdict for x in verdicts.copied(same)}["found"] == verdicts.UNSPECIFIC
     still = Attacks.of(pd.DataFrame(made(effect=0.0)), 0.1)
     assert {x.verdict for x in verdicts.copied(still)} == {verdicts.NOTHING}
+
+
+def test_what_the_random_arm_loses_too_is_no_matter_of_the_vector():
+    both = pd.DataFrame([*made(), *made(arm="random")])
+    alike = {b.kind: b for b in controls.beside(Attacks.of(both, 0.1))}
+    assert {b.verdict for b in alike.values()} == {controls.ALIKE}
+    assert {kind: b.tried for kind, b in alike.items()} == {
+        "project": 2, "ablate": 1, "prompt": 2, "paraphrase": 3, "round": 2,
+    }  # fmt: skip
+    # From it the edits take half an effect less, and rounding as much more, by each of them.
+    moved = both.arm.eq("random") & both.format.ne("")
+    for kind, by in (("project", 0.5), ("round", -0.5)):
+        both.loc[moved & both.position.str.startswith(f"{kind}:"), "value"] += by * EFFECT
+    found = {b.kind: b for b in controls.beside(Attacks.of(both, 0.1))}
+    for kind, by, word in (("project", 0.5, controls.MORE), ("round", -0.5, controls.LESS)):
+        assert found[kind].verdict == word
+        assert found[kind].more.estimate == pytest.approx(by, abs=0.02)
+        assert found[kind].own == alike[kind].own
+    left = [LEFT[how][0] for how in ("project:found", "project:vector")]
+    assert found["project"].own.estimate == pytest.approx(1 - np.mean(left), abs=0.03)
+    base = [LEFT[how][0] - BASE_LEFT[how] for how in ("round:int8", "round:int4")]
+    assert found["round"].own.estimate == pytest.approx(1 - np.mean(base), abs=0.03)
+    assert controls.beside(Attacks.of(pd.DataFrame(made()), 0.1)) == []  # where it was left out
+    still = pd.DataFrame([*made(), *made(effect=0.0, arm="random")])
+    assert {b.verdict for b in controls.beside(Attacks.of(still, 0.1))} == {verdicts.NOTHING}
 
 
 def test_what_exceeds_the_shift_is_resistance(attacks):

@@ -7,6 +7,7 @@ import dataclasses
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 
 from ml_collections import ConfigDict
 
@@ -34,7 +35,7 @@ def paraphrase(target: Target) -> list[Row]:
     """Under every form of `tried`; what the base does so is what it is compared with."""
     bench, found = target.lab.bench, []
     for form in tried(bench.c, bench.behavior, target.cond.sign):
-        lab = target.lab.asking(lambda item, form=form: reworded(item, form))
+        lab = target.lab.asking(partial(reworded, form=form))
         found += dataclasses.replace(target, lab=lab).measure_asked(f"paraphrase:{form}")
     return found
 

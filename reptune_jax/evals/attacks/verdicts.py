@@ -20,6 +20,7 @@ UNSPECIFIC = "no better than a random direction"
 DESTROYED = "beyond the budget of KL"
 _HALF = 0.5  # of the effect: with less than that left a model is broken
 _KINDS = ("project", "ablate", "scale", "round", "prompt", "paraphrase", "relearn")
+FREE = ("random", "control", "control-chat")  # what is tried for comparison only
 _ITEM = ["cluster", "item_id", "template", "order"]
 _NO = Interval(np.nan, np.nan, np.nan)
 

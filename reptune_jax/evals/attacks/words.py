@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from reptune_jax.evals.attacks.verdicts import (
     BROKEN,
+    FREE,
     HELD,
     NOTHING,
     UNDECIDED,
@@ -21,7 +22,6 @@ from reptune_jax.evals.attacks.verdicts import (
 from reptune_jax.evals.stats import Interval
 
 WITH_BASE = "with the base's weights"
-_FREE = ("random", "control", "control-chat")  # what is tried for comparison only
 
 
 class Said(NamedTuple):
@@ -43,7 +43,7 @@ def said(attacks: Attacks) -> list[Said]:
     """Of every arm, in the order of the threats: finding the vector, then undoing it."""
     out = []
     edits, doses, near = removed(attacks), steered(attacks), found(attacks)
-    used = [x for x in copied(attacks) if x.how not in _FREE]
+    used = [x for x in copied(attacks) if x.how not in FREE]
     for one in attacks.arms:
         own = [r for r in edits if (r.arm, r.sign) == one]
         told = [t for f in near if (f.arm, f.sign) == one for t in _found(f)]
@@ -66,7 +66,7 @@ def kind(r: Removed) -> tuple[str, str]:
 
 
 def _of(tried: list[Removed], name: str) -> list[Removed]:
-    return [r for r in tried if kind(r)[0] == name and kind(r)[1] not in _FREE]
+    return [r for r in tried if kind(r)[0] == name and kind(r)[1] not in FREE]
 
 
 def _found(f: Found) -> list[tuple[str, str, str]]:
