@@ -19,6 +19,7 @@ LEFT = {
     "intact": (1.0, 0.02), "project:found": (0.2, 0.01), "project:vector": (0.15, 0.3),
     "project:random": (0.98, 0.02), "ablate:found": (0.2, 0.05), "ablate:random": (0.2, 0.05),
     "scale": (-1.0, 0.02), "prompt:persona0": (0.1, np.nan), "prompt:shots1": (0.9, np.nan),
+    "prompt:words1": (-9.0, np.nan),
     "round:int8": (0.3, 0.02), "round:int4": (0.1, 0.06),
     "function:vector": (0.8, 0.05), "function:found+": (0.6, 0.04), "function:found-": (-0.2, 0.04),
     "function:texts": (0.2, 0.01), "function:random": (0.0, 0.03),
@@ -26,7 +27,7 @@ LEFT = {
     "paraphrase:capitals": (0.2, np.nan),
 }  # fmt: skip
 BASE_LEFT = {
-    "prompt:persona0:+1": -0.5, "round:int8": -0.7, "round:int4": 0.0,
+    "prompt:persona0:+1": -0.5, "prompt:words1:+1": -9.8, "round:int8": -0.7, "round:int4": 0.0,
     "paraphrase:polite": 0.0, "paraphrase:typos": -0.7, "paraphrase:capitals": 0.0,
 }  # fmt: skip
 DOSES = (0.5, 1.0, 2.0)  # the vector undoes 1.5 effects a dose, a random one nothing
@@ -88,6 +89,7 @@ def test_an_effect_is_broken_within_the_budget_and_beyond_a_random_direction_onl
         "scale": verdicts.BROKEN,
         "prompt:persona0": verdicts.BROKEN,
         "prompt:shots1": verdicts.HELD,
+        "prompt:words1": verdicts.HELD,  # of other texts: the base's are as much lower
         "round:int8": verdicts.HELD,  # the base gives way by as much
         "round:int4": verdicts.BROKEN,
         "paraphrase:polite": verdicts.HELD,
@@ -95,8 +97,10 @@ def test_an_effect_is_broken_within_the_budget_and_beyond_a_random_direction_onl
         "paraphrase:capitals": verdicts.BROKEN,
     }
     for how, r in found.items():
-        assert r.removed.estimate == pytest.approx(1 - LEFT[how][0], abs=0.03)
-        assert r.removed.low < 1 - LEFT[how][0] < r.removed.high or how == "scale"
+        likewise = how.startswith(verdicts.LIKEWISE)
+        base = BASE_LEFT.get(f"{how}:+1", BASE_LEFT.get(how)) if likewise else 0.0
+        assert r.removed.estimate == pytest.approx(1 - LEFT[how][0] + base, abs=0.03)
+        assert r.removed.low < 1 - LEFT[how][0] + base < r.removed.high or how == "scale"
         assert np.isnan(LEFT[how][1]) == np.isnan(r.kl) and r.items == 48
     assert found["project:found"].ahead.estimate == pytest.approx(0.78, abs=0.03)
     (told,) = [s for s in words.said(attacks) if s.attack == "other words for the question"]
@@ -142,7 +146,7 @@ def test_what_the_random_arm_loses_too_is_no_matter_of_the_vector():
     alike = {b.kind: b for b in controls.beside(Attacks.of(both, 0.1))}
     assert {b.verdict for b in alike.values()} == {controls.ALIKE}
     assert {kind: b.tried for kind, b in alike.items()} == {
-        "project": 2, "ablate": 1, "prompt": 2, "paraphrase": 3, "round": 2,
+        "project": 2, "ablate": 1, "prompt": 3, "paraphrase": 3, "round": 2,
     }  # fmt: skip
     # From it the edits take half an effect less, and rounding as much more, by each of them.
     moved = both.arm.eq("random") & both.format.ne("")

@@ -17,7 +17,6 @@ from reptune_jax.evals.stats import Interval
 CONTROL = "random"
 MORE, LESS, ALIKE = "gives way more", "gives way less", "no difference shown"
 KINDS = ("project", "ablate", "prompt", "paraphrase", "round", "relearn")
-_LED = ("paraphrase", "round")  # where the base is asked, and edited, likewise
 
 
 class Beside(NamedTuple):
@@ -58,7 +57,7 @@ def _beside(
     arm: str, kind: str, tried: list[tuple[str, float]], own: Effects, random: Effects
 ) -> Beside:
     index = own.own.index
-    columns = [c for effects in (own, random) for c in _taken(effects, kind, tried, index)]
+    columns = [c for effects in (own, random) for c in _taken(effects, tried, index)]
     shares = (
         lambda m: m[:, 0] / _some(m[:, 1]),
         lambda m: m[:, 2] / _some(m[:, 3]),
@@ -76,17 +75,11 @@ def _beside(
 
 
 def _taken(
-    effects: Effects, kind: str, tried: list[tuple[str, float]], index: pd.MultiIndex
+    effects: Effects, tried: list[tuple[str, float]], index: pd.MultiIndex
 ) -> list[np.ndarray]:
     """What the attacks take on average, and the effect, of the rows of `index`."""
-    intact = effects.values("intact")
-    effect = intact - effects.values("intact", base=True)
-    left = [effects.values(*at) for at in tried]
-    if kind in _LED:
-        lead = [x - effects.values(*at, base=True) for x, at in zip(left, tried, strict=True)]
-        gone = effect - np.mean(lead, axis=0)
-    else:
-        gone = intact - np.mean(left, axis=0)
+    effect = effects.values("intact") - effects.values("intact", base=True)
+    gone = np.mean([effects.gone(*at) for at in tried], axis=0)
     each = (pd.Series(column, effects.own.index) for column in (gone, effect))
     return [column.reindex(index).to_numpy(float) for column in each]
 

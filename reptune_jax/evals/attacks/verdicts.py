@@ -21,6 +21,8 @@ DESTROYED = "beyond the budget of KL"
 _HALF = 0.5  # of the effect: with less than that left a model is broken
 _KINDS = ("project", "ablate", "scale", "round", "prompt", "paraphrase", "relearn")
 FREE = ("random", "control", "control-chat")  # what is tried for comparison only
+# Where the base treated likewise tells: it is reduced, or asked for other texts, as well.
+LIKEWISE = ("round", "paraphrase", "prompt:words")
 _ITEM = ["cluster", "item_id", "template", "order"]
 _NO = Interval(np.nan, np.nan, np.nan)
 
@@ -32,7 +34,8 @@ class Removed(NamedTuple):
     sign: int
     how: str
     k: float
-    removed: Interval  # (tuned - attacked) / (tuned - base): 1 all of it, more: turned round
+    # (tuned - attacked) / (tuned - base): 1 all of it, more: turned round; 1 - kept of `LIKEWISE`.
+    removed: Interval
     ahead: Interval  # of the same along a random direction; nan where there is none
     kept: Interval  # (attacked - base attacked likewise) / (tuned - base), where the base was
     flips: tuple[float, float]  # of its items that were on the sign's side; the base's
@@ -147,6 +150,18 @@ class Effects:
         column = frame[how, k] if (how, k) in frame else pd.Series(np.nan, frame.index)
         return self.sign * column.to_numpy(float)
 
+    def gone(self, how: str, k: float = 0.0) -> np.ndarray:
+        """What an attack takes of each value; of `LIKEWISE` of the lead on the base."""
+        intact, own = self.values("intact"), self.values(how, k)
+        if not how.startswith(LIKEWISE):
+            return intact - own
+        return intact - self.values("intact", base=True) - (own - self.likewise(how, k))
+
+    def likewise(self, how: str, k: float = 0.0) -> np.ndarray:
+        """The base's values under the same attack; of prompts, which it has of both signs."""
+        asked = f"{how}:{self.sign:+d}" if how.startswith("prompt:") else how
+        return self.values(asked, k, base=True)
+
     def interval(self, columns: list[np.ndarray], statistic: Any) -> Interval:
         """Of a statistic of the columns' means, over clusters and seeds."""
         index = self.own.index
@@ -184,15 +199,14 @@ def _removed(attacks: Attacks, effects: Effects, arm: str, how: str, k: float) -
     sign, (kind, _, what) = effects.sign, how.partition(":")
     intact, own = effects.values("intact"), effects.values(how, k)
     base = effects.values("intact", base=True)
-    asked = f"{how}:{sign:+d}" if kind == "prompt" else how
-    base_own = effects.values(asked, k, base=True)
-    gone, kept = effects.share(intact - own), effects.share(own - base_own)
+    base_own = effects.likewise(how, k)
+    gone, kept = effects.share(effects.gone(how, k)), effects.share(own - base_own)
     control = effects.values(f"{kind}:random", k)
     ahead = effects.share(control - own) if what not in ("random", "") else _NO
     kl, before = (attacks.kl.get((arm, sign, *at), np.nan) for at in ((how, k), ("intact", 0.0)))
     if not (effects.effect.low > 0):
         verdict = NOTHING
-    elif kind in ("round", "paraphrase"):  # a reduction that the base has too is not the tuning's
+    elif how.startswith(LIKEWISE):  # a reduction that the base has too is not the tuning's
         verdict = BROKEN if kept.high < _HALF else HELD if kept.low > _HALF else UNDECIDED
     elif kl > max(attacks.max_kl, before):
         verdict = DESTROYED
