@@ -143,7 +143,8 @@ PROMPTS = _line("""
     answered the other way. Prefill: the answer itself begins with the persona; words: with the
     first words of the opposite answer, which it goes on with or turns back from. The controls are a
     plain system turn and a greeting. Lead kept: difference to the base under the same prompt, over
-    that without; of words the effect removed is what is lost of it, for other texts are scored.
+    that without; of words and log-odds the effect removed is what is lost of it, for other texts
+    are scored.
     Flipped: share of the values on the sign's side of 0 that leave it, and of the base's.
 """)
 PARAPHRASED = _line("""

@@ -103,6 +103,10 @@ def test_an_effect_is_broken_within_the_budget_and_beyond_a_random_direction_onl
         assert r.removed.low < 1 - LEFT[how][0] + base < r.removed.high or how == "scale"
         assert np.isnan(LEFT[how][1]) == np.isnan(r.kl) and r.items == 48
     assert found["project:found"].ahead.estimate == pytest.approx(0.78, abs=0.03)
+    # Of a judge, which reads what is generated, they are no other texts.
+    judged = attacks.rows.assign(metric=attacks.rows.metric.replace("logodds", "vader"))
+    of = {r.how: r.verdict for r in verdicts.removed(Attacks.of(judged, 0.1))}
+    assert of == {how: r.verdict for how, r in found.items()} | {"prompt:words1": verdicts.BROKEN}
     (told,) = [s for s in words.said(attacks) if s.attack == "other words for the question"]
     assert told.verdict == verdicts.BROKEN and told.took.startswith("3 forms, 20% [")
     assert told.took.endswith("of the effect kept in the worst, capitals")

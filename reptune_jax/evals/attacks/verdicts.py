@@ -21,7 +21,8 @@ DESTROYED = "beyond the budget of KL"
 _HALF = 0.5  # of the effect: with less than that left a model is broken
 _KINDS = ("project", "ablate", "scale", "round", "prompt", "paraphrase", "relearn")
 FREE = ("random", "control", "control-chat")  # what is tried for comparison only
-# Where the base treated likewise tells: it is reduced, or asked for other texts, as well.
+# Of these the lead on the base treated likewise tells, which loses by it too: of the last one of
+# log-odds, which are those of other texts.
 LIKEWISE = ("round", "paraphrase", "prompt:words")
 _ITEM = ["cluster", "item_id", "template", "order"]
 _NO = Interval(np.nan, np.nan, np.nan)
@@ -34,7 +35,8 @@ class Removed(NamedTuple):
     sign: int
     how: str
     k: float
-    # (tuned - attacked) / (tuned - base): 1 all of it, more: turned round; 1 - kept of `LIKEWISE`.
+    # (tuned - attacked) / (tuned - base): 1 all of it, more: turned round; 1 - kept where the base
+    # is treated likewise.
     removed: Interval
     ahead: Interval  # of the same along a random direction; nan where there is none
     kept: Interval  # (attacked - base attacked likewise) / (tuned - base), where the base was
@@ -126,7 +128,8 @@ class Attacks:
                 (self.part("base", 0), _ITEM),
             )
         )
-        return Effects(own, base.reindex(own.index.droplevel("seed")), sign)
+        given = bool((self.part("base", 0).metric == "logodds").any())
+        return Effects(own, base.reindex(own.index.droplevel("seed")), sign, given)
 
     @functools.cached_property
     def kl(self) -> dict[tuple[Any, ...], float]:
@@ -143,6 +146,7 @@ class Effects:
     own: pd.DataFrame
     base: pd.DataFrame
     sign: int
+    given: bool  # whether given answers are scored
 
     def values(self, how: str, k: float = 0.0, base: bool = False) -> np.ndarray:
         """In the direction of the sign; nan where it was not measured."""
@@ -151,11 +155,15 @@ class Effects:
         return self.sign * column.to_numpy(float)
 
     def gone(self, how: str, k: float = 0.0) -> np.ndarray:
-        """What an attack takes of each value; of `LIKEWISE` of the lead on the base."""
+        """What an attack takes of each value; where that is what tells, of the lead on the base."""
         intact, own = self.values("intact"), self.values(how, k)
-        if not how.startswith(LIKEWISE):
+        if not self.led(how):
             return intact - own
         return intact - self.values("intact", base=True) - (own - self.likewise(how, k))
+
+    def led(self, how: str) -> bool:
+        """Whether an attack's verdict is of the lead on the base."""
+        return how.startswith(LIKEWISE if self.given else LIKEWISE[:-1])
 
     def likewise(self, how: str, k: float = 0.0) -> np.ndarray:
         """The base's values under the same attack; of prompts, which it has of both signs."""
@@ -206,7 +214,7 @@ def _removed(attacks: Attacks, effects: Effects, arm: str, how: str, k: float) -
     kl, before = (attacks.kl.get((arm, sign, *at), np.nan) for at in ((how, k), ("intact", 0.0)))
     if not (effects.effect.low > 0):
         verdict = NOTHING
-    elif how.startswith(LIKEWISE):  # a reduction that the base has too is not the tuning's
+    elif effects.led(how):  # a reduction that the base has too is not the tuning's
         verdict = BROKEN if kept.high < _HALF else HELD if kept.low > _HALF else UNDECIDED
     elif kl > max(attacks.max_kl, before):
         verdict = DESTROYED
