@@ -110,8 +110,8 @@ def sweep(
     kept = sweep_file.Kept(Path(keep) if keep else None, about, texts)
     try:
         left = texts[len(kept.rows) :]
-        for text in tqdm(left, desc="sweeping", delay=2, leave=False):
-            kept.add(_cells(model, done, cells, *text, batch_size))
+        for prompt, answers in tqdm(left, desc="sweeping", delay=2, leave=False):
+            kept.add(_cells(model, done, cells, prompt, answers, batch_size))
     finally:
         kept.write()
     logp_CxIx2 = np.stack(kept.rows, axis=1)
