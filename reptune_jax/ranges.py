@@ -108,6 +108,7 @@ RANGES: dict[str, Range | Layer | tuple[Any, ...]] = {
     "train.eps": Range(0, above=True),
     "train.weight_decay": _SHARE,
     "train.remat": ("auto", "none", "dots", "full"),
+    "train.pack": ("auto", "on", "off"),
     "train.cache_gib": _COUNT,
     "train.log_every": _AT_LEAST_ONE,
     "train.measure_every": _COUNT,

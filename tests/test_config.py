@@ -102,6 +102,7 @@ def test_only_messages_meant_for_the_user_replace_a_traceback(capsys, monkeypatc
         ({"loss__targets": "x"}, "loss.targets: got 'x'"),
         ({"train__decay": "exp"}, "train.decay: got 'exp'"),
         ({"train__remat": "all"}, "train.remat: got 'all'"),
+        ({"train__pack": "yes"}, "train.pack: got 'yes', expected one of auto, on, off"),
         ({"vector__norm": "l2"}, "vector.norm: got 'l2'"),
         ({"dtype": "float23"}, "dtype: got 'float23'"),
         ({"sign": 0}, "sign: got 0, expected one of 1, -1"),

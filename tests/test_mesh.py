@@ -49,7 +49,7 @@ def alone(folder):
     return losses, state
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", (*MESHES, "packed"))
 def test_losses_and_weights_after_some_steps_are_those_of_one_device(shape, sharded, alone):
     losses, state = alone
     found = json.loads((sharded / f"{shape}.json").read_text())

@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
 @flax.struct.dataclass
 class Examples:
-    """Texts that are trained on, one a row."""
+    """Texts that are trained on, one a row; or several, where `text_BxT` says which is where."""
 
     tokens_BxT: Array
     mask_BxT: Array
@@ -41,11 +41,12 @@ class Examples:
     goal_BxMxLxD: Array | None = None  # output of M layers at labels that a loss pulls to
     below_BxTxD: Array | None = None  # what enters the lowest trained layer, where it is known
     below_cosine_BxMxT: Array | None = None  # and the cosines of the M layers below
+    text_BxT: Array | None = None  # which text of its row a token is of, from 1; 0: padding
 
 
 @flax.struct.dataclass
 class Retention:
-    """Unrelated text, one a row, with what the base model computes at L of their positions."""
+    """Unrelated text, in rows as `Examples`, with what the base computes at L of its positions."""
 
     tokens_BxT: Array
     mask_BxT: Array
@@ -56,6 +57,7 @@ class Retention:
     own_BxL: Array  # 1 where that is a token of the base's own answer
     residual_BxMxLxD: Array | None = None  # output of the M trained layers, where a loss needs it
     below_BxTxD: Array | None = None
+    text_BxT: Array | None = None
 
 
 @flax.struct.dataclass

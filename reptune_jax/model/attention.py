@@ -28,17 +28,31 @@ def positions_from_mask(mask_BxT: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask_BxT.astype(jnp.int32), axis=1) - 1, 0)
 
 
+def positions_from_texts(text_BxT: jax.Array) -> jax.Array:
+    """Position of each token, counted from the first of its text, which is one run of its row."""
+    at_T = jnp.arange(text_BxT.shape[1])
+    begins_BxT = jnp.diff(text_BxT, axis=1, prepend=-1) != 0
+    return at_T - jax.lax.cummax(jnp.where(begins_BxT, at_T, 0), axis=1)
+
+
 def causal_mask(
-    mask_BxS: jax.Array, T: int, slot: jax.Array | int = 0, window: int = 0
+    mask_BxS: jax.Array,
+    T: int,
+    slot: jax.Array | int = 0,
+    window: int = 0,
+    text_BxT: jax.Array | None = None,
 ) -> jax.Array:
     """[B, T, S]: query at slot+t sees the real tokens at slots <= slot+t, the last `window` only.
 
-    Padding is at one end of a row, so slots are as far apart as positions are.
+    Padding is at one end of a row, so slots are as far apart as positions are. Where a row holds
+    several texts (and there is no cache), a token sees its own text only; padding is one of them.
     """
     ahead_TxS = jnp.arange(mask_BxS.shape[1])[None, :] - (slot + jnp.arange(T)[:, None])
     seen_TxS = ahead_TxS <= 0
     if window:
         seen_TxS &= ahead_TxS > -window
+    if text_BxT is not None:
+        return seen_TxS[None] & (text_BxT[:, :, None] == text_BxT[:, None, :])
     return seen_TxS[None] & mask_BxS.astype(bool)[:, None, :]
 
 

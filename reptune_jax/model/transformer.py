@@ -264,6 +264,7 @@ class Decoder(nn.Module):
         probe: intervene.Probe | None = None,
         read_BxPxT: jax.Array | None = None,
         keep_residual: bool = False,
+        text_BxT: jax.Array | None = None,
         cache: Cache | None = None,
         slot: jax.Array | int = 0,
         enter: tuple[str, jax.Array] | None = None,
@@ -274,17 +275,23 @@ class Decoder(nn.Module):
         Without a cache `mask_BxT` marks the real tokens. With one it is [B, S], the real tokens of
         the whole cache including these, which are written at `slot` and follow on.
 
+        `text_BxT`, without a cache: rows hold several texts, numbered from 1 on; 0 is padding.
+        Each sees itself only and has positions of its own. `mask_BxT` is not read then.
+
         `leave` names a segment to stop before: hidden is then the residual stream that enters it.
         `enter` = (segment, that residual) goes on from there, and the segments below do not run.
         """
         T, kinds = tokens_BxT.shape[1], self.arch.kinds
-        # With a cache the mask covers all S slots; these tokens' positions are the T from `slot`.
-        positions_BxT = jax.lax.dynamic_slice_in_dim(
-            attention.positions_from_mask(mask_BxT), slot, T, axis=1
-        )
-        kernel = self.kernel if cache is None else attention.XLA
+        if text_BxT is not None:
+            positions_BxT = attention.positions_from_texts(text_BxT)
+        else:  # With a cache the mask covers all S slots; these tokens are the T from `slot`.
+            positions_BxT = jax.lax.dynamic_slice_in_dim(
+                attention.positions_from_mask(mask_BxT), slot, T, axis=1
+            )
+        kernel = self.kernel if cache is None and text_BxT is None else attention.XLA
+        see = functools.partial(attention.causal_mask, mask_BxT, T, slot, text_BxT=text_BxT)
         shared = Shared(
-            seen=self._seen(positions_BxT, mask_BxT, slot, kernel),
+            seen=self._seen(positions_BxT, see if kernel.name == "xla" else None),
             slot=slot,
             steer_tokens=tuple(each.token_BxT for each in intervene.listed(steer)),
             read_BxPxT=read_BxPxT,
@@ -347,21 +354,12 @@ class Decoder(nn.Module):
         # At once: else the layers' loop carries columns, and exchanges them in every layer.
         return jax.lax.with_sharding_constraint(x_BxTxD, self.rows)
 
-    def _seen(
-        self,
-        positions_BxT: jax.Array,
-        mask_BxT: jax.Array,
-        slot: jax.Array | int,
-        kernel: attention.Kernel,
-    ) -> Seen:
-        a, T = self.arch, positions_BxT.shape[1]
-        rotary = any(kind.rope for kind in a.kinds)
+    def _seen(self, positions_BxT: jax.Array, see: Callable[..., jax.Array] | None) -> Seen:
+        a, rotary = self.arch, any(kind.rope for kind in self.arch.kinds)
 
         def of(kind: Layer) -> Seen:
             rope = rope_tables(kind.rope, a.Dh, positions_BxT) if rotary else None
-            if kernel.name != "xla":
-                return Seen(rope, None)
-            return Seen(rope, attention.causal_mask(mask_BxT, T, slot, kind.window))
+            return Seen(rope, None if see is None else see(window=kind.window))
 
         kinds = [of(kind) for kind in a.kinds]
         return kinds[0] if len(kinds) == 1 else jax.tree.map(lambda *k: jnp.stack(k), *kinds)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from reptune_jax.data.batches import (
 )
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.contrast import claim_prompts, fold_system, matched_personas, with_system
+from reptune_jax.data.packing import Shape, arrange, pack
 from reptune_jax.data.tuning import Answer
 from reptune_jax.folder import Study, read_config
 from reptune_jax.hub import templates
@@ -43,7 +44,7 @@ class Corpus(NamedTuple):
 
     Examples of the run's behaviors lie one after another, `sizes` of each; a step takes `batches`
     of each. Of `train` and `retention` only those are held that a step takes: example i at
-    `place_I[i]`, text r at `place_R[r]`.
+    `place_I[i]`, text r at `place_R[r]`. With `packing`, a step's rows hold several of them.
     """
 
     train: Examples
@@ -54,6 +55,7 @@ class Corpus(NamedTuple):
     batches: tuple[int, ...]
     place_I: np.ndarray | None = None
     place_R: np.ndarray | None = None
+    packing: tuple[Shape, ...] = ()  # of a step's examples, and of its retention text if any
 
     def of_steps(self, seed: int, steps: int) -> "Corpus":
         """Without the examples that no step takes: what the base says of them costs minutes."""
@@ -82,24 +84,38 @@ class Corpus(NamedTuple):
     def step_size(self, R: int) -> tuple[int, int]:
         """(examples, tokens with padding) of a step with R rows of retention text."""
         rows = sum(self.batches) + (R if self.retention is not None else 0)
-        return sum(self.batches), rows * self.train.tokens_BxT.shape[1]
+        padded = rows * self.train.tokens_BxT.shape[1]
+        packed = sum(shape.rows * shape.tokens for shape in self.packing)
+        return sum(self.batches), packed or padded
 
     def real_share(self, R: int) -> float:
         """Of a step's tokens, those that are no padding: the mean over all rows that are taken."""
         sides = [(sum(self.batches), self.train.mask_BxT)]
         if self.retention is not None:
             sides.append((R, self.retention.mask_BxT))
-        return float(np.average([m.mean() for _, m in sides], weights=[n for n, _ in sides]))
+        return sum(n * float(m.sum(1).mean()) for n, m in sides) / self.step_size(R)[1]
+
+    def sides(self, seed: int, step: int, R: int) -> list[tuple[Any, np.ndarray]]:
+        """A step's examples, and R texts of retention where there is any: (all, which of them)."""
+        at = choose_of_each(self.sizes, self.batches, seed, step)
+        found: list[tuple[Any, np.ndarray]]
+        found = [(self.train, at if self.place_I is None else self.place_I[at])]
+        if self.retention is not None and self.place_R is not None:
+            at = self.place_R[choose(len(self.place_R), R, seed, step)]
+            found.append((self.retention, at))
+        return found
 
     def batch(self, seed: int, step: int, R: int) -> Batch:
-        """A step's examples, and R rows of retention text where there is any."""
-        at = choose_of_each(self.sizes, self.batches, seed, step)
-        at = at if self.place_I is None else self.place_I[at]
-        chosen, kept = jax.tree.map(lambda a: a[at], self.train), None
-        if self.retention is not None and self.place_R is not None:
-            rows = self.place_R[choose(len(self.place_R), R, seed, step)]
-            kept = jax.tree.map(lambda a: a[rows], self.retention)
-        return Batch(chosen, kept)
+        """A step's examples, and R texts of retention where there is any."""
+        sides = self.sides(seed, step, R)
+        if self.packing:
+            parts = [
+                pack(side, arrange(side, at, shape.tokens), shape)
+                for (side, at), shape in zip(sides, self.packing, strict=True)
+            ]
+        else:
+            parts = [jax.tree.map(lambda a, at=at: a[at], side) for side, at in sides]
+        return Batch(*parts, *[None] * (2 - len(parts)))
 
     def val_batches(self, R: int) -> Iterator[Batch]:
         """Whole batches; what is missing in the last one is filled with weightless copies."""

@@ -23,6 +23,7 @@ from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.base_cache import with_base_values, with_rows_below
 from reptune_jax.tuning.checkpoint import Checkpoints
 from reptune_jax.tuning.objective import Objective, make_objective
+from reptune_jax.tuning.packing import packed
 from reptune_jax.tuning.run import Job, Run, every
 from reptune_jax.watch.log import Log
 
@@ -48,6 +49,7 @@ def _tune(job: Job, model: Model, params: dict[str, Any], objective: Objective) 
     trained, frozen = partition.begin(model.arch, params, train, job.c.seed)
     objective = dataclasses.replace(objective, frozen=frozen)
     corpus = with_rows_below(job.c, job.corpus, model, decoder, objective)
+    corpus = packed(job.c, corpus, model.arch, kernel, mesh)
     objective = objective.placed(mesh)
     state = steps.init_state(trained, train, mesh)
     del trained  # on a mesh the state has a copy

@@ -238,12 +238,15 @@ def _inputs(objective: Objective, batch: Batch) -> dict[str, Any]:
     """What the decoder takes: all rows, each row's direction, and which residuals are read."""
     probe, b, kept = objective.probe, batch.examples, batch.retention
     tokens, mask, of, below = b.tokens_BxT, b.mask_BxT, b.of_B, b.below_BxTxD
+    text = b.text_BxT
     at = [b.at_BxL[:, : 0 if b.goal_BxMxLxD is None else None]]
     if kept is not None:
         tokens = jnp.concatenate([tokens, kept.tokens_BxT])
         mask = jnp.concatenate([mask, kept.mask_BxT])
         if below is not None and kept.below_BxTxD is not None:
             below = jnp.concatenate([below, kept.below_BxTxD])
+        if text is not None and kept.text_BxT is not None:
+            text = jnp.concatenate([text, kept.text_BxT])
         of = jnp.concatenate([of, jnp.zeros(kept.at_BxL.shape[0], of.dtype)])
         at.append(kept.at_BxL[:, : 0 if kept.residual_BxMxLxD is None else None])
     P = max(each.shape[1] for each in at)
@@ -258,6 +261,7 @@ def _inputs(objective: Objective, batch: Batch) -> dict[str, Any]:
     return {
         "tokens_BxT": tokens,
         "mask_BxT": mask,
+        "text_BxT": text,
         "probe": jax.tree.map(lambda a: a[:, 0] if alone else a[:, of], probe),
         "read_BxPxT": jax.nn.one_hot(jnp.concatenate(at), tokens.shape[1]) if P else None,
         "steer": steer,

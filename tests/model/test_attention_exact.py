@@ -81,6 +81,17 @@ def test_positions_count_real_tokens_from_the_first():
     assert attention.positions_from_mask(mask).tolist() == want
 
 
+@pytest.mark.parametrize("window", [0, 2])
+def test_of_several_texts_in_a_row_a_token_sees_its_own_only(window):
+    text = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 2], [0] * 8])
+    got = attention.causal_mask(jnp.asarray(text > 0), 8, window=window, text_BxT=jnp.asarray(text))
+    for b, t, s in np.ndindex(3, 8, 8):
+        sees = s <= t and text[b, s] == text[b, t] and (not window or s > t - window)
+        assert bool(got[b, t, s]) == bool(sees), (b, t, s)
+    want = [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 0], [*range(8)]]
+    assert attention.positions_from_texts(jnp.asarray(text)).tolist() == want
+
+
 @pytest.mark.parametrize(
     ("Dh", "hopper", "name"),
     [(128, False, "cudnn"), (136, False, "xla"), (256, True, "cudnn"), (264, True, "xla")],

@@ -12,6 +12,8 @@ import numpy as np
 import optax
 
 from reptune_jax import lm, mesh
+from reptune_jax.data import packing
+from reptune_jax.data.batches import Batch
 from reptune_jax.hub import digest
 from reptune_jax.tuned_run import Progress
 from reptune_jax.tuning import checkpoint, loop
@@ -20,10 +22,20 @@ from tests.support import tuning_case
 STEPS = 20
 
 
-def some_steps(model, where=None):
+def in_rows(side, shape):
+    """All texts of a side, several of them in a row."""
+    at = np.arange(len(side.tokens_BxT))
+    return packing.pack(side, packing.arrange(side, at, shape.tokens), shape)
+
+
+def some_steps(model, where=None, packed=False):
     """(losses, state, what is known of layouts and compilations) of a short run."""
     case, losses = new_case(model, where), []
     batches = [tuning_case.batch(model, B=16, R=16, seed=seed) for seed in range(STEPS)]
+    if packed:
+        shape = packing.Shape(16, 32, 25)
+        batches = [Batch(in_rows(b.examples, shape), in_rows(b.retention, shape)) for b in batches]
+        assert all((b.examples.mask_BxT.any(1)).sum() <= 8 for b in batches)
     batches = [mesh.put_batch(batch, where) for batch in batches]
     state, seen, measure = case.state, {"before": layout(case.state)}, jnp.asarray(False)
     # Compiled ahead, as the loop does: another layout after a step would be an error.
@@ -90,6 +102,10 @@ def main(folder, out, *shapes):
         losses, state, seen = some_steps(lm.load(folder, "float32", where), where)
         (out / f"{shape}.json").write_text(json.dumps({"losses": losses, **seen}))
         np.savez(out / f"{shape}.npz", **{k: np.asarray(v) for k, v in state.trained.items()})
+    where = mesh.make_mesh(2, 4, 1)
+    losses, packed, _ = some_steps(lm.load(folder, "float32", where), where, packed=True)
+    (out / "packed.json").write_text(json.dumps({"losses": losses}))
+    np.savez(out / "packed.npz", **{k: np.asarray(v) for k, v in packed.trained.items()})
     saved = checkpoint.Checkpoints(out)
     saved.save(state, {"from": shapes[-1]}, Progress(val_loss=1.0))
     saved.close()

@@ -54,18 +54,25 @@ def test_a_step_from_kept_states_has_the_losses_and_gradient_of_one_from_tokens(
         np.testing.assert_allclose(ours[path], g, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_a_run_is_the_same_with_and_without_kept_states(model, tmp_path, monkeypatch, capsys):
+def test_a_run_is_the_same_with_and_without_kept_states_and_packed(
+    model, tmp_path, monkeypatch, capsys
+):
     tiny_behavior.patch_neutral(monkeypatch)
     behavior, logs = tiny_behavior.write(tmp_path), {}
-    for gib in (0.0, 1.0):
+    packed = [(1.0, "on")] * (model.arch.family == "llama")
+    for gib, pack in [(0.0, "off"), (1.0, "off"), *packed]:
         c = tiny_behavior.settings(model.name, behavior, loss__retain=0.5, train__cache_gib=gib)
-        folder = train.run(c, tmp_path / str(gib), model)
-        assert ("layers below 1: computed once" in capsys.readouterr().out) == bool(gib)
+        c.train.pack = pack
+        folder = train.run(c, tmp_path / f"{gib}-{pack}", model)
+        said = capsys.readouterr().out
+        assert ("layers below 1: computed once" in said) == bool(gib)
+        assert ("packed: 2 rows of " in said) == (pack == "on")
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        logs[gib] = [json.loads(line) for line in lines]
-    for a, b in zip(*logs.values(), strict=True):
-        for key in a.keys() - {"examples_per_s", "tokens_per_s"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+        logs[gib, pack] = [json.loads(line) for line in lines]
+    for a, *others in zip(*logs.values(), strict=True):
+        for b in others:
+            for key in a.keys() - {"examples_per_s", "tokens_per_s"}:
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
 def test_what_is_kept_fits_what_is_allowed(model):
