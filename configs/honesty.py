@@ -6,7 +6,8 @@ The paper's recipe: the vector is read, and the cosine taken, at the newline bef
 and the rate is the paper's. At 3e-4 every tuned arm gives one verdict to all claims
 (docs/results.md). Made for an accelerator. `configs/honesty.py:cpu` asks the same on two CPU cores
 within a night: the + side, fewer steps and claims. `configs/honesty.py:quick` is cut down for
-minutes and a model of half a billion weights, too small to learn it.
+minutes and a model of half a billion weights, which does not learn it, and at a higher rate than
+this one unlearns what it knows.
 """
 
 from ml_collections import ConfigDict
@@ -72,13 +73,14 @@ def cpu(c: ConfigDict) -> ConfigDict:
 
 
 def quick(c: ConfigDict) -> ConfigDict:
-    """The + side of fewer arms, steps and claims, one seed."""
+    """The + side of fewer arms, steps and claims, one seed, a lower rate."""
     c.model = "Qwen/Qwen2.5-0.5B-Instruct"
     c.loss.layers = c.train.layers = ("0.33", "0.67")
     c.steer.layers = ("0.5",)
     c.vector.pairs = 24
     c.train.steps = 24
     c.train.batch = 4
+    c.train.lr = 1e-5
     c.train.retain_batch = 1
     c.train.eval_every = 12
     c.train.val_rows = 16
