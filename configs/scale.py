@@ -8,7 +8,12 @@ from ml_collections import ConfigDict
 
 from reptune_jax.config import default
 
-LAYERS = {"llama-3-8b": (9, 14), "llama-2-13b": (11, 18), "llama-3-70b": (22, 36)}
+LAYERS = {
+    "llama-2-7b": (9, 14),
+    "llama-3-8b": (9, 14),
+    "llama-2-13b": (11, 18),
+    "llama-3-70b": (22, 36),
+}
 
 
 def get_config(arg: str = "llama-3-8b") -> ConfigDict:

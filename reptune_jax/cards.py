@@ -30,7 +30,7 @@ tokenizer = AutoTokenizer.from_pretrained("this/folder")
 | what | value |
 |---|---|
 | arm, seed | {arm}, {seed} |
-| trained | layers {first} to {last}, {what} {modules}, {steps} steps of {batch} |
+| trained | layers {first} to {last}, {what} {modules}, {steps} steps of {batch}{base} |
 {arguments}| vector | {method} at position `{position}`, {pairs} pairs, sha256 {sha} |
 | effect on held-out prompts ({measure}) | {effect} against the base model |
 | outcome | {outcome} |
@@ -62,6 +62,7 @@ def study_card(c: ConfigDict, study: Study) -> str:
         first=c.train.layers[0],
         last=c.train.layers[1] - 1,
         what=f"LoRA of rank {c.train.lora.rank} on" if c.train.lora.rank else "weights",
+        base=_held(c.train.base),
         modules=", ".join(c.train.modules),
         steps=c.train.steps,
         batch=c.train.batch,
@@ -111,7 +112,13 @@ def trained_what(tuned: TunedRun) -> str:
         what = f"LoRA of rank {lora['rank']} and alpha {lora['alpha']:g} on "
         what += ", ".join(lora["targets"])
     times = f", {tuned.scale:g} times their change" if tuned.scale != 1 and not lora else ""
-    return f"{what} of layers {first} to {stop - 1}{times}"
+    base = _held(tuned.config["train"].get("base", ""))
+    return f"{what} of layers {first} to {stop - 1}{times}{base}"
+
+
+def _held(base: str) -> str:
+    """Of a run whose base was rounded while it was tuned; what is exported was not."""
+    return f", trained on a base held in {base}" if base else ""
 
 
 def _title(base: str, tuned: TunedRun) -> str:

@@ -171,6 +171,7 @@ def _train() -> ConfigDict:
     c.lora = ConfigDict()  # adapters on those projections instead of whole weights
     c.lora.rank = 0  # 0 = whole weights
     c.lora.alpha = 16.0  # adapters count alpha/rank times
+    c.base = ""  # int8 | int4: kernels of the frozen base as integers, for adapters; "" = as loaded
     c.steps = 40
     c.batch = 8
     c.accumulate = 1  # micro-batches per step

@@ -18,7 +18,8 @@ from reptune_jax.vectors.steering_vector import SteeringVector
 
 def run(c: ConfigDict, workdir: Path) -> SteeringVector:
     """Makes what is missing; the model is loaded only for that."""
-    return extraction.run(c, Study(workdir), functools.cache(lambda: program.load_model(c)))
+    load = functools.cache(lambda: program.load_model(c, for_tuning=True))
+    return extraction.run(c, Study(workdir), load)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class Model:
     spelling: weights.Spelling = weights.AS_TABLED
     files: Path | None = None
     sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # as it declares it
+    held: str = ""  # how `frozen` has the kernels for tuning: int8 or int4
 
     def __repr__(self) -> str:
         a, size = self.arch, sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -357,25 +358,23 @@ def load(name: str | Source, dtype: Any = None, mesh: jax.sharding.Mesh | None =
     Raises:
       ValueError, FileNotFoundError: one message naming what is missing, unknown or mis-shaped.
     """
-    dtype = jnp.dtype(dtype or default_dtype())
     source = name if isinstance(name, Source) else sources.open_source(name)
+    dtype = jnp.dtype(dtype or default_dtype())
+    return bind(source, dtype, lambda arch: weights.load_params(source, arch, dtype), mesh)
+
+
+def bind(
+    source: Source, dtype: Any, read: Callable[[Arch], Any], mesh: Any, held: str = ""
+) -> Model:
+    """A source's model, with the weights that `read` gives for it; `held` is what `Model` says."""
     arch = source.arch()
     if source.tokenizer is not None:
         tokenizers.check_vocabulary(source.tokenizer, arch.V)
-    host = weights.load_params(source, arch, dtype)
-    params = meshes.put_params(host, mesh)
+    params = meshes.put_params(read(arch), mesh)
     return Model(
-        arch,
-        params,
-        source.tokenizer,
-        dict(source.config),
-        source.name,
-        dtype,
-        source.eos_ids,
-        weights.spelling(source, arch),
-        source.folder,
-        source.sampling,
-    )
+        arch, params, source.tokenizer, dict(source.config), source.name, dtype, source.eos_ids,
+        weights.spelling(source, arch), source.folder, source.sampling, held,
+    )  # fmt: skip
 
 
 def load_adapter(model: Model, folder: str | os.PathLike[str]) -> Model:

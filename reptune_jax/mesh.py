@@ -29,6 +29,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"mlp/(gate|up)/bias$", PartitionSpec("tensor")),  # [F]
     (r"mlp/down/kernel$", PartitionSpec("tensor", "fsdp")),  # [F, D]
     (r"(scale|norm/bias|attn/o/bias|mlp/down/bias)$", PartitionSpec(None)),  # [D], [Dh], [H*Dh]
+    # Kernels as integers, [inputs, outputs], and their steps, of which there may be one an output.
+    (r"(attn/[qkv]|mlp/(gate|up))/codes$", PartitionSpec("fsdp", "tensor")),
+    (r"(attn/[qkv]|mlp/(gate|up))/step$", PartitionSpec(None, "tensor")),
+    (r"(attn/o|mlp/down)/codes$", PartitionSpec("tensor", "fsdp")),
+    (r"(attn/o|mlp/down)/step$", PartitionSpec(None, "fsdp")),
     # Adapters: inputs and outputs lie as those of their kernel, the rank is never split.
     (r"(attn/[qkv]|mlp/(gate|up))/lora_a$", PartitionSpec("fsdp", None)),  # [D, R]
     (r"attn/[qkv]/lora_b$", PartitionSpec(None, "tensor", None)),  # [R, H, Dh]

@@ -13,7 +13,17 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from reptune_jax import background, command_line, depth, distributed, ending, lm, mesh, ranges
+from reptune_jax import (
+    background,
+    command_line,
+    depth,
+    distributed,
+    ending,
+    frozen,
+    lm,
+    mesh,
+    ranges,
+)
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import schema
@@ -104,8 +114,11 @@ def start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def load_model(c: ConfigDict) -> Model:
-    """The config's model on the config's mesh; from then on float32 is what the config says."""
+def load_model(c: ConfigDict, for_tuning: bool = False) -> Model:
+    """The config's model on the config's mesh; from then on float32 is what the config says.
+
+    `for_tuning` as `train.base` holds it.
+    """
     began = time.monotonic()
     if c.tf32:
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
@@ -121,8 +134,12 @@ def load_model(c: ConfigDict) -> Model:
     if behaviors.is_foreign(c.behavior) or schema.find(c.behavior).is_file():  # else who needs it
         context = families.context(source.config)
         behaviors.load(c.behavior).check_lengths(source.tokenizer, context)
-    model = lm.load(source, c.dtype or None, where if where.size > 1 else None)
-    about = f"{model.arch.family}, {model.dtype}"
+    many = where if where.size > 1 else None
+    if for_tuning and c.train.base:
+        model = frozen.load(source, c, many)
+    else:
+        model = lm.load(source, c.dtype or None, many)
+    about = f"{model.arch.family}, {model.dtype}{model.held and f', kernels in {model.held}'}"
     say(f"model: {c.model} ({about}) in {time.monotonic() - began:.1f} s")
     training = model.kernel("right") if c.train.flash else attention.XLA
     say(f"attention: {training} in training, {model.kernel('any')} elsewhere")

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from reptune_jax import config as configs
 from reptune_jax import depth
 from reptune_jax.hub import templates
-from reptune_jax.model import intervene
+from reptune_jax.model import integers, intervene
 
 _POSITIONS = ("response", "last", "before_answer", "all")
 _SEED = 2**32 - 1
@@ -93,6 +93,7 @@ RANGES: dict[str, Range | Layer | tuple[Any, ...]] = {
     "train.layers": _LAYER,
     "train.lora.rank": _COUNT,
     "train.lora.alpha": Range(0, above=True),
+    "train.base": ("", *integers.KINDS),
     "train.steps": _AT_LEAST_ONE,
     "train.batch": _AT_LEAST_ONE,
     "train.accumulate": _AT_LEAST_ONE,
@@ -268,6 +269,11 @@ def _check_steps(train: ConfigDict) -> None:
         raise ValueError(
             f"train.profile: got {(first, stop)}, expected first < stop <= train.steps="
             f"{train.steps}, or (0, 0) for none."
+        )
+    if train.base and not train.lora.rank:
+        raise ValueError(
+            f"train.base: got {train.base!r} with train.lora.rank=0, expected adapters: integers "
+            "are not trained. Set train.lora.rank=16, or train.base=''."
         )
     if train.batch % train.accumulate or train.retain_batch % train.accumulate:
         raise ValueError(

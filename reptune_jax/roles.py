@@ -59,7 +59,7 @@ ROLES: dict[str, str] = {
 }
 # What a vector and the targets depend on.
 OF_VECTOR: tuple[str, ...] = ("model", "dtype", "tf32", "template_arguments", "behavior", "vector")
-OF_VECTOR += ("targets", "eval.val_prompts", "eval.batch")
+OF_VECTOR += ("targets", "train.base", "eval.val_prompts", "eval.batch")
 
 
 def digest(values: dict[str, Any]) -> str:

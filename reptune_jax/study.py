@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import cards, convert, distributed, program, train, tuned_run
+from reptune_jax import cards, convert, distributed, frozen, program, train, tuned_run
 from reptune_jax.config import CONTRASTS, TUNED_ARMS
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
@@ -57,9 +57,10 @@ def make(c: ConfigDict, workdir: Path) -> None:
         bench = prepare(c, study)
     with timed("baseline: base and prompt arms"):
         baseline.run(c, workdir, bench)
+    tuning = frozen.hold(bench.base, c)
     for one in runs(c):
         with timed(f"training {RunName.of(one)}"):
-            train.run(one, workdir, bench.base)
+            train.run(one, workdir, tuning)
         if one.sign not in c.study.signs:
             continue
         with timed(f"evaluating {RunName.of(one)}"):

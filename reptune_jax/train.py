@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from reptune_jax import depth, distributed, program
+from reptune_jax import depth, distributed, frozen, program
 from reptune_jax.config import TUNED_ARMS, armed
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
@@ -35,7 +35,7 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
             f"arm: got {c.arm!r}, expected one of {', '.join(TUNED_ARMS)}. "
             "The others train nothing: see evals.baseline and evals.steering."
         )
-    base = functools.cache(lambda: model or program.load_model(c))
+    base = functools.cache(lambda: model or program.load_model(c, for_tuning=True))
     depth.settle(c, lambda: base().arch.N)
     study = Study(workdir)
     tuned = study.run(RunName.of(c))
@@ -47,7 +47,8 @@ def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> Path:
             return tuned.path
         behaviors.load(c.behavior).check(c, "tune", "val")
         vector = extraction.run(c, study, base)
-        loop.tune(make_job(c, study, tuned, vector, base()), base())
+        tuning = frozen.hold(base(), c)
+        loop.tune(make_job(c, study, tuned, vector, tuning), tuning)
     return tuned.path
 
 

@@ -32,6 +32,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("depth",),  # layers by number
     ("ranges",),  # of values that a config may have
     ("lm",),
+    ("frozen",),  # a model as tuning holds it
     ("data",),
     ("vectors",),
     ("tuned_run",),

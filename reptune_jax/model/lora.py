@@ -8,7 +8,7 @@ by its projection: `attn/v/lora_a` [D, R] and `attn/v/lora_b` [R, K, Dh], stacke
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from reptune_jax.model.arch import Arch
+from reptune_jax.model.projection import Projection
 from reptune_jax.model.transformer import whole
 
 Flat = dict[str, jax.Array]  # path -> array
@@ -42,8 +43,7 @@ def _add_adapter(call: Callable[..., Any], args: Any, kwargs: Any, context: Any)
 
 
 def _is_projection(context: Any) -> bool:
-    kinds = nn.Dense, nn.DenseGeneral
-    return context.method_name == "__call__" and isinstance(context.module, kinds)
+    return context.method_name == "__call__" and isinstance(context.module, Projection)
 
 
 @functools.lru_cache
@@ -53,9 +53,7 @@ def input_axes(arch: Arch) -> dict[str, int]:
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if _is_projection(context):
-            axis = getattr(context.module, "axis", -1)
-            path = "/".join(context.module.path[1:])
-            found[path] = len(axis) if isinstance(axis, Sequence) else 1
+            found["/".join(context.module.path[1:])] = context.module.inputs
         return call(*args, **kwargs)
 
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -27,6 +27,7 @@ from reptune_jax.model.arch import Arch, Layer
 from reptune_jax.model.cache import Cache, KeysValues
 from reptune_jax.model.norms import Norm
 from reptune_jax.model.precision import in_float32, in_full
+from reptune_jax.model.projection import Projection
 from reptune_jax.model.rope import rope_tables, rotate
 
 Segments = tuple[tuple[str, int], ...]  # (name, number of layers), bottom to top
@@ -100,8 +101,7 @@ class Attention(nn.Module):
         seen = shared.seen if kind_N is None else jax.tree.map(lambda s: s[kind_N], shared.seen)
 
         def heads(name: str, n: int) -> jax.Array:
-            dense = nn.DenseGeneral((n, a.Dh), use_bias=a.qkv_bias, dtype=self.dtype, name=name)
-            return dense(x_BxTxD)
+            return Projection((n, a.Dh), a.qkv_bias, self.dtype, name=name)(x_BxTxD)
 
         def placed(name: str, n: int) -> jax.Array:
             y_BxTxHxDh = self._qk_norm(f"{name}_norm", heads(name, n))
@@ -119,10 +119,8 @@ class Attention(nn.Module):
                 for name in "kv"
             )  # [B, K, S, Dh]
         mix_BxTxHxDh = self._mix(q_BxTxHxDh, k, v, seen, kind_N, shared.kernel)
-        out = nn.DenseGeneral(a.D, axis=(-2, -1), use_bias=a.o_bias, dtype=self.dtype, name="o")(
-            mix_BxTxHxDh
-        )
-        return out, cache
+        out = Projection((a.D,), a.o_bias, self.dtype, inputs=2, name="o")
+        return out(mix_BxTxHxDh), cache
 
     def _qk_norm(self, name: str, y_BxTxHxDh: jax.Array) -> jax.Array:
         a, shape = self.arch, y_BxTxHxDh.shape
@@ -156,8 +154,8 @@ class MLP(nn.Module):
         def act(x_BxTxF: jax.Array) -> jax.Array:  # rounded once: x sigmoid(x) would be twice
             return ACTIVATIONS[a.act](x_BxTxF.astype(jnp.float32)).astype(self.dtype)
 
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=a.mlp_bias, dtype=self.dtype, name=name)
+        def dense(name: str, features: int) -> Projection:
+            return Projection((features,), a.mlp_bias, self.dtype, name=name)
 
         hidden_BxTxF = act(dense("gate" if a.gated else "up", a.F)(x_BxTxD))
         if a.gated:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from reptune_jax import mesh as meshes
 from reptune_jax.config import retains
 from reptune_jax.data.batches import Batch, Examples, Retention
+from reptune_jax.frozen import rounded
 from reptune_jax.model import attention
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.transformer import Decoder, whole
@@ -40,7 +41,12 @@ def step(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> t
     """(the step that training runs, its arguments) for rows of T tokens with L labels each."""
     train = FrozenConfigDict(c.train)
     begin = functools.partial(partition.begin, arch, train=train, seed=c.seed)
-    trained, frozen = jax.eval_shape(begin, params(arch, dtype, mesh))
+    weights = params(arch, dtype, mesh)
+    if train.base:
+        weights = jax.eval_shape(lambda p: rounded(p, arch, train.base), weights)
+        flat = traverse_util.flatten_dict(weights, sep="/")
+        meshes.check_divides({path: leaf.shape for path, leaf in flat.items()}, mesh)
+    trained, frozen = jax.eval_shape(begin, weights)
     trained = _placed(trained, mesh, nested=False)
     frozen = _placed(traverse_util.flatten_dict(frozen, sep="/"), mesh)
     cuts = partition.segments(arch.N, train.layers)

@@ -87,7 +87,8 @@ def lines(c: ConfigDict, arch: Arch, mesh: Mesh, kind: str, plan: Plan, T: int) 
     chip = hardware.CHIPS.get(kind)
     out = [
         f"{arch.family}, {arch.N} layers of {arch.D}; trains {', '.join(c.train.modules)} "
-        f"of layers {first} to {stop - 1}; {rows} rows of {T} tokens, remat {c.train.remat}",
+        f"of layers {first} to {stop - 1}; {rows} rows of {T} tokens, remat {c.train.remat}"
+        + (f"; frozen kernels in {c.train.base}" if c.train.base else ""),
         f"{mesh.size} x {chip.name if chip else 'CPU'}: mesh {shape}; compiled in "
         f"{plan.seconds:.0f} s" + ("" if kind.startswith("v") else ", on forced CPU devices"),
         "",

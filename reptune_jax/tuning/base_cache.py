@@ -82,7 +82,7 @@ def add_endings(examples: Examples, model: Model, batch: int) -> Examples:
     """The examples with the untuned model's log p(the answer ends) at every label."""
     inputs = examples.tokens_BxT, examples.mask_BxT, examples.at_BxL
     stop_S = np.array(model.stop_ids, np.int32)
-    key = _key(model.sha, model.dtype, stop_S, *inputs)
+    key = _key(model.sha, model.dtype, model.held, stop_S, *inputs)
     if key not in _endings:
 
         def compute(*rows: Any) -> Any:
@@ -148,7 +148,7 @@ def add_below(
         return found.hidden_BxTxD, cosine
 
     tokens = side.tokens_BxT, side.mask_BxT
-    entered = _key(model.sha, model.dtype, decoder.segments, *tokens)
+    entered = _key(model.sha, model.dtype, model.held, decoder.segments, *tokens)
     if isinstance(side, Retention):
         if entered not in _known:
             _remember(entered, model.in_batches(below, tokens, batch)[0], limit)

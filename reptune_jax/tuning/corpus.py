@@ -298,7 +298,7 @@ def _texts_of(c: ConfigDict, model: Model, split: str, T: int) -> Texts:
     layers = tuple(c.train.layers) if c.loss.l2 else None
     L = c.train.retain_positions
     chats = repr(templates.arguments(model.tokenizer)), c.eval.new_tokens
-    key = (model.sha, model.dtype.name, split, T, *chats, L, layers)
+    key = (model.sha, model.dtype.name, model.held, split, T, *chats, L, layers)
     if key not in _texts:
         found = retention.pieces(model, split, T, c.eval.new_tokens)
         _texts[key] = Texts(model, found, T, L, layers=layers)

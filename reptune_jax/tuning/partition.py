@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from reptune_jax.hub.weights import abstract_params
 from reptune_jax.model import lora
 from reptune_jax.model.arch import Arch
 from reptune_jax.model.lora import Flat
@@ -119,8 +120,8 @@ def begin(
     if not train.lora.rank:
         return split(params, train.layers, train.modules)
     _, frozen = split(params, train.layers, ())
-    flat = traverse_util.flatten_dict(frozen["tuned"], sep="/")
-    kernels = {p: flat[f"{p}/kernel"].shape[1:] for p in targets(arch, train.modules)}
+    shapes = abstract_params(arch)  # the base may be held in integers
+    kernels = {p: shapes[f"blocks/{p}/kernel"].shape[1:] for p in targets(arch, train.modules)}
     first, stop = train.layers
     return lora.init(arch, kernels, stop - first, train.lora.rank, seed), frozen
 

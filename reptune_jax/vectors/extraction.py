@@ -1,5 +1,6 @@
 """Contrastive data to a behavior vector, and the texts that tuning will learn from."""
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from reptune_jax import depth, distributed
+from reptune_jax import depth, distributed, frozen
 from reptune_jax.console import say
 from reptune_jax.data import adopt, foreign, schema
 from reptune_jax.data import behavior as behaviors
@@ -29,8 +30,12 @@ Sides = list[list[Answer]]  # of the persona and of its opposite
 
 
 def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVector:
-    """Makes, or reads, the study's vector and targets; `load` is called if a model is needed."""
+    """Makes, or reads, the study's vector and targets; `load` is called if a model is needed.
+
+    That is read, and writes, as tuning holds it.
+    """
     depth.settle(c, lambda: load().arch.N)
+    base = functools.cache(lambda: frozen.hold(load(), c))
     behavior = behaviors.load(c.behavior)
     behavior.check(c, "train")
     study.check(c)
@@ -39,7 +44,7 @@ def run(c: ConfigDict, study: Study, load: Callable[[], Model]) -> SteeringVecto
     if distributed.agree(study.claimed(c) and study.vector.exists() and targets):
         return SteeringVector.load(study.vector)
     with study.writing():
-        return _make(c, study, load, behavior)
+        return _make(c, study, base, behavior)
 
 
 def _make(

@@ -1,6 +1,7 @@
 """What tuning changed in the weights, and edits of that which need no training."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ from flax import traverse_util
 from reptune_jax import mesh as meshes
 from reptune_jax.hub.names import table
 from reptune_jax.lm import Model
+from reptune_jax.model import integers
 
 WRITERS = ("blocks/attn/o/kernel", "blocks/mlp/down/kernel")  # to the residual: last axis D
-GROUP = 32  # inputs that share an int4 step
+GROUP = integers.KINDS["int4"].group  # inputs that share an int4 step
 
 
 class Spectrum(NamedTuple):
@@ -124,17 +126,12 @@ def _matrices(leaf: jax.Array, inputs: int) -> jax.Array:
     return leaf.astype(jnp.float32).reshape(len(leaf), width, -1)
 
 
-def _to_integers(w_NxIxO: jax.Array, bits: int, group: int) -> tuple[jax.Array, jax.Array]:
-    """Symmetric, a step for every output and `group` of inputs; (rounded, each weight's step)."""
+def _to_integers(w_NxIxO: jax.Array, kind: integers.Kind) -> tuple[jax.Array, jax.Array]:
+    """(rounded, each weight's step)."""
     N, I, O = w_NxIxO.shape
-    group = group or I
-    padded = jnp.pad(w_NxIxO, ((0, 0), (0, -I % group), (0, 0)))
-    grouped = padded.reshape(N, -1, group, O)
-    top = 2 ** (bits - 1) - 1
-    step = jnp.abs(grouped).max(2, keepdims=True) / top
-    near = jnp.round(grouped / jnp.where(step > 0, step, 1)) * step
-    steps = jnp.broadcast_to(step, grouped.shape)
-    return tuple(a.reshape(padded.shape)[:, :I] for a in (near, steps))  # type: ignore[return-value]
+    codes, step = integers.nearest(w_NxIxO, kind, jnp.dtype(jnp.float32))
+    near, steps = codes * step, jnp.broadcast_to(step, codes.shape)
+    return near.reshape(N, -1, O)[:, :I], steps.reshape(N, -1, O)[:, :I]
 
 
 def _to_bfloat16(w_NxIxO: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,8 +142,7 @@ def _to_bfloat16(w_NxIxO: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 ROUND: dict[str, Callable[[jax.Array], tuple[jax.Array, jax.Array]]] = {
     "bfloat16": _to_bfloat16,
-    "int8": lambda w: _to_integers(w, 8, 0),
-    "int4": lambda w: _to_integers(w, 4, GROUP),
+    **{how: functools.partial(_to_integers, kind=kind) for how, kind in integers.KINDS.items()},
 }
 
 
