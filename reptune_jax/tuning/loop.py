@@ -82,11 +82,13 @@ def _tune(job: Job, model: Model, params: dict[str, Any], objective: Objective) 
                 state, metrics = step(state, objective, run.batch(i), run.put(measure))
                 if pending:  # one step late: the device is already busy with the next one
                     run.report(*pending)
+                timed = not (pending and pending[-1])  # else no step lies between the two reports
                 pending = i + 1, metrics, measure, measure or last or every(i, train.log_every)
                 stop = distributed.stop_asked()
                 validate = last or every(i + 1, train.eval_every)
                 if validate or stop or run.save_due(i + 1, pending[-1]):
-                    run.report(*pending)  # what a checkpoint follows is checked, and in the log
+                    # What a checkpoint follows is checked, and in the log.
+                    run.report(*pending, timed=timed)
                     pending = None
                     run.validate(state) if validate else run.save(state)
                 if stop:

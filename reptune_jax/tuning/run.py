@@ -77,12 +77,20 @@ class Run:
     def put(self, flag: bool) -> jax.Array:
         return meshes.replicate(np.asarray(flag), self.mesh)
 
-    def report(self, step: int, metrics: dict[str, jax.Array], measured: bool, log: bool) -> None:
-        """Checks a step's numbers, and logs them if that is due."""
+    def report(
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        measured: bool,
+        log: bool,
+        timed: bool = True,
+    ) -> None:
+        """Checks a step's numbers, and logs them if that is due; how fast it was if `timed`."""
         values = self._flatten(meshes.fetch(metrics), measured)
         if log:
             examples, tokens = self.corpus.step_size(self.train.retain_batch)
             rates = self.log.rates(step, examples, tokens)
+            rates = rates if timed else {}
             if rates and self.peak:  # model FLOPs: what remat computes again does not count
                 per_s = self.flops * rates["examples_per_s"] / examples
                 rates["mfu"] = per_s / (self.peak * 1e12 * jax.device_count())

@@ -48,6 +48,9 @@ def test_the_log_holds_what_a_run_promises(finished):
     validated = [r for r in rows if "val/loss" in r]
     assert [r["step"] for r in trained] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in validated] == [0, 2, 4, 6]
+    # Before a validation a step is reported right behind its predecessor, which says no speed.
+    raw = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert [r["step"] for r in raw if "examples_per_s" in r] == [3, 5]
     names = [
         "token_loss",
         "cosine_loss",
