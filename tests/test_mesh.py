@@ -1,17 +1,13 @@
 """Sharded runs equal one device. A subprocess forces 8 devices on the CPU."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from reptune_jax import lm, mesh, tuned_run
-from tests.support import tiny, tuning_mesh
+from tests.support import eight_devices, tiny, tuning_mesh
 
 MESHES = ("8x1x1", "1x8x1", "2x4x1", "2x2x2")
 
@@ -25,20 +21,7 @@ def folder(tmp_path_factory):
 def sharded(folder, tmp_path_factory):
     """What `tuning_mesh` found on 8 devices."""
     out = tmp_path_factory.mktemp("out")
-    flags = "--xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.tuning_mesh", str(folder), str(out), *MESHES],
-        env={
-            **os.environ,
-            "XLA_FLAGS": flags,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time here
-        },
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    eight_devices.run("tuning_mesh", folder, out, *MESHES)
     return out
 
 

@@ -1,10 +1,6 @@
 """The compiled step moves what the sharding rules say, to the byte; by the TPU's compiler too."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +9,7 @@ from jax.sharding import Mesh
 
 from reptune_jax import mesh as meshes
 from reptune_jax.cost import collectives
-from tests.support import plan_case
+from tests.support import eight_devices, plan_case
 
 MESHES = ("1x8x1", "2x4x1", "2x2x2")
 CHIPS = (("v5e:2x2", "dots"), ("v5p:2x2x1", "full"))
@@ -22,15 +18,7 @@ CHIPS = (("v5e:2x2", "dots"), ("v5p:2x2x1", "full"))
 @pytest.fixture(scope="module")
 def forced():
     """What `plan_case` found on 8 devices."""
-    flags = "--xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.plan_case", *MESHES],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run = eight_devices.run("plan_case", *MESHES, quick=False)
     assert "Involuntary full rematerialization" not in run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

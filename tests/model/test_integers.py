@@ -1,11 +1,7 @@
 """A frozen base held in integers: its arithmetic, its memory, and runs that tune adapters on it."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +14,7 @@ from reptune_jax.evals import arms
 from reptune_jax.folder import Study
 from reptune_jax.hub.source import open_source
 from reptune_jax.model import integers, lora
-from tests.support import tiny, tiny_behavior, tuning_case
+from tests.support import eight_devices, tiny, tiny_behavior, tuning_case
 from tests.support.held_case import TUNED, run, settings
 from tests.support.runs import Stop, read_log, stop_at
 
@@ -147,16 +143,7 @@ def test_what_cannot_be_is_refused_before_any_work(model, tmp_path):
 
 def test_sharded_gradients_are_those_of_one_device(model, tmp_path):
     out = tmp_path / "sharded.npz"
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    command = [sys.executable, "-m", "tests.support.held_case", model.name, str(out)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    eight_devices.run("held_case", model.name, out)
     c = settings("int4", train__remat="none")
     found, (grads, mean_J, _) = np.load(out), run(frozen.hold(model, c), c)
     np.testing.assert_allclose(found["mean_J"], mean_J, rtol=1e-5)

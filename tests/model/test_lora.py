@@ -1,10 +1,5 @@
 """LoRA: adapters equal merged weights, their gradients the chain rule's, and a run resumes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +14,7 @@ from reptune_jax.model.transformer import unembed, whole
 from reptune_jax.tuning import base_cache, partition
 from reptune_jax.tuning import step as steps
 from reptune_jax.tuning.objective import make_objective
-from tests.support import lora_case, tiny, tiny_behavior, tuning_case
+from tests.support import eight_devices, lora_case, tiny, tiny_behavior, tuning_case
 from tests.support.runs import Stop, read_log, stop_at
 
 gradient = jax.jit(steps.gradient, static_argnums=(0, 5))
@@ -176,16 +171,7 @@ def test_the_cost_counts_adapters_and_no_whole_weights(model):
 
 def test_sharded_steps_are_those_of_one_device(model, tmp_path):
     out = tmp_path / "sharded.npz"
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    command = [sys.executable, "-m", "tests.support.lora_case", model.name, str(out), "2x2x2"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    eight_devices.run("lora_case", model.name, out, "2x2x2")
     losses, state = lora_case.three_steps(model)
     found = np.load(out)
     np.testing.assert_allclose(found["losses"], losses, rtol=1e-5)
