@@ -96,7 +96,7 @@ def leaves(source: Source, arch: Arch, dtype: Any = None) -> dict[str, TensorHan
 
     Raises:
       ValueError: names every missing, unknown and mis-shaped tensor at once; on reading, the
-        tensor that has a NaN or an infinity.
+        tensor that has a NaN or an infinity, also one that `dtype` makes.
     """
     shapes = abstract_params(arch)
     if source.leaves is not None:
@@ -129,7 +129,10 @@ def _stacked(
             tensor = source.tensors[name].read()
             if not finite(tensor):
                 raise _not_finite(source, [name])
-            _outputs_first(leaf, row)[...] = _pieces(tensor, parts)[paths.index(path)]
+            with np.errstate(over="ignore"):  # what overflows is named below
+                _outputs_first(leaf, row)[...] = _pieces(tensor, parts)[paths.index(path)]
+            if to == np.float16 and not finite(leaf):
+                raise _too_large(source, [name])
         return out
 
     return TensorHandle(shape, to, read)
