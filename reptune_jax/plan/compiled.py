@@ -22,6 +22,10 @@ from reptune_jax.model.arch import Arch
 from reptune_jax.plan import abstract
 from reptune_jax.tuning import remat
 
+# A CPU multiplies bfloat16 in float32, and would make a float32 copy of all layers' weights before
+# the loop over them: four times their memory with the transposes, and none of it on a GPU.
+_AS_FOR_GPU = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
 
 class Plan(NamedTuple):
     """What is known of a step without running it."""
@@ -47,7 +51,7 @@ def run(c: ConfigDict, topology: str, model_config: str, tokens: int, labels: in
     chip = hardware.CHIPS.get(kind)
     for choice in remat.choices(c.train.remat, kind):
         c.train.remat = choice
-        plan = make(c, arch, dtype, mesh, tokens, labels)
+        plan = make(c, arch, dtype, mesh, tokens, labels, kind)
         if chip is None or plan.fits(chip):
             break
     text = lines(c, arch, mesh, kind, plan, tokens)
@@ -56,13 +60,14 @@ def run(c: ConfigDict, topology: str, model_config: str, tokens: int, labels: in
         sys.exit(2)
 
 
-def make(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int) -> Plan:
-    """Lowers and compiles."""
+def make(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int, kind: str) -> Plan:
+    """Lowers and compiles for chips of a `kind`."""
+    options = _AS_FOR_GPU if kind in hardware.CHIPS and not kind.startswith("v") else {}
     step, args = abstract.step(c, arch, dtype, mesh, T, L)
     memory = _arguments(args)
     began, error, moved = time.monotonic(), "", {}
     try:
-        compiled = step.lower(*args).compile()
+        compiled = step.lower(*args).compile(options)
     except jax.errors.JaxRuntimeError as e:
         if not remat.is_too_large(e):
             raise
@@ -110,9 +115,12 @@ def _verdict(c: ConfigDict, mesh: Mesh, chip: hardware.Chip | None, plan: Plan) 
     state = plan.memory["trained weights"] + plan.memory["optimizer"]
     moved = 2 * (plan.memory["frozen weights"] + state) * 2**30
     math_s, memory_s = chip.seconds(plan.flops["total"] / mesh.size, moved)
+    least_s = max(math_s, memory_s)
+    hours = c.train.steps * least_s * mesh.size / 3600
     out = [
-        f"no step is faster than {max(math_s, memory_s):.3f} s: arithmetic at peak {math_s:.3f} s, "
-        f"weights once through HBM {memory_s:.3f} s (collectives and activations not counted)"
+        f"no step is faster than {least_s:.3f} s: arithmetic at peak {math_s:.3f} s, "
+        f"weights once through HBM {memory_s:.3f} s (collectives and activations not counted)",
+        f"{c.train.steps} steps cost at least {hours:.2g} device-hours",
     ]
     need = sum(plan.memory.values())
     if not plan.fits(chip):

@@ -14,14 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from reptune_jax import mesh as meshes
 from reptune_jax.cost import collectives, hardware
-from reptune_jax.model import decode
+from reptune_jax.model import decode, families
 from reptune_jax.model.cache import init_cache
 from reptune_jax.model.prefix import Prefix
 from reptune_jax.model.read import read_at_once
 from reptune_jax.model.sampling import Sampling
 from reptune_jax.model.transformer import whole
 from reptune_jax.plan import abstract
-from tests.support.plan_case import ARCH, BF16, TOPOLOGIES, mesh_for
+from reptune_jax.plan import compiled as plan
+from tests.support.plan_case import ARCH, BF16, TOPOLOGIES, mesh_for, settings
 
 
 def kinds(hlo, mesh):
@@ -102,6 +103,7 @@ def test_the_plan_is_printed_and_says_what_to_turn(tmp_path):
         "remat none",
         "temporaries",
         "all-",
+        "steps cost at least ",
         "fits: ",
     ):
         assert text in fits.stdout, fits.stdout
@@ -109,6 +111,14 @@ def test_the_plan_is_printed_and_says_what_to_turn(tmp_path):
     assert bad.returncode == 1 and "--topology: got 'v9:2x2', expected one of v4, v5e" in bad.stderr
     unknown = run("--topology=gpu:2", "--model-config=llama-9b")
     assert unknown.returncode == 1 and "expected a config.json or one of" in unknown.stderr
+
+
+def test_a_gpu_has_no_float32_copy_of_the_frozen_weights():
+    """As forced CPU devices would, which multiply bfloat16 in float32."""
+    arch = families.from_config(hardware._llama(256, 256, 512, 8, 4, 2))
+    c = settings(train__batch=1, train__remat="full")
+    found = plan.make(c, arch, BF16, meshes.make_mesh(), T=8, L=4, kind="h100")
+    assert found.memory["temporaries"] < found.memory["frozen weights"]
 
 
 def test_advice_names_what_dominates():
