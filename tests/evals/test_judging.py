@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import reptune_jax as rt
 from reptune_jax.data import behavior as behaviors
@@ -19,6 +19,7 @@ from reptune_jax.folder import Study
 from reptune_jax.report import about, study
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.support import tiny, tiny_behavior
+from tests.support import torch_reference as ref
 from tests.support.chat_endpoint import said, serving
 from tests.support.synthetic import synthetic_study
 
@@ -59,7 +60,7 @@ def test_a_chat_models_score_is_that_of_its_next_tokens(made, monkeypatch):
     texts = [(i, t) for i in behavior.select("test", "free")[:2] for t in (i.pos, "No.")]
     found = rubric.local(model, "It is kind.", (0, 9), 4)(texts)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    theirs = ref.load(folder / "model")
     digits = [tokenizer.encode(str(n), add_special_tokens=False)[0] for n in range(10)]
     for (item, text), score in zip(texts, found, strict=True):
         turn = {"role": "user", "content": rubric.question("It is kind.", (0, 9), item, text)}
@@ -84,7 +85,7 @@ def test_the_residuals_are_transformers_means_over_the_answer(made):
     item = behavior.select("test", "free")[0]
     ours = probe.residuals(model, 1, 4)([(item, " It is good."), (item, ""), (item, "Yes")])
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    theirs = ref.load(folder / "model")
     turns = [dict(turn) for turn in item.messages]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     for row, text in zip(ours, ("It is good.", "", "Yes"), strict=True):

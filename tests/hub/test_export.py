@@ -28,10 +28,6 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(kept))
 
 
-def torch_model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_out_and_in_again_is_the_same_to_the_byte(variant, tmp_path):
     maker, overrides = tiny.VARIANTS[variant]
@@ -63,7 +59,7 @@ def test_transformers_loads_the_export_and_says_the_same(variant, tmp_path):
     assert inputs["input_ids"].tolist() == again["input_ids"].tolist()
     with torch.no_grad():
         args = inputs["input_ids"], inputs["attention_mask"]
-        want = ref.logits(torch_model(folder), *args)
+        want = ref.logits(ref.load(folder), *args)
         torch.testing.assert_close(ref.logits(exported.eval(), *args), want, atol=1e-4, rtol=1e-4)
     ours = np.asarray(model.forward(*(a.numpy().astype(np.int32) for a in args)).logits_BxTxV)
     real = args[1].bool()
@@ -78,7 +74,7 @@ def test_bfloat16_goes_out_as_bfloat16(tmp_path):
     rt.save_hf(rt.load(str(folder), dtype="bfloat16"), tmp_path / "out")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
-    for name, tensor in torch_model(folder).state_dict().items():
+    for name, tensor in ref.load(folder).state_dict().items():
         assert torch.equal(exported.state_dict()[name], tensor.bfloat16()), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16" and "dtype" not in config

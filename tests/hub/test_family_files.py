@@ -6,13 +6,12 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 import reptune_jax as rt
 from reptune_jax.model import families
 from reptune_jax.model.arch import Layer, Rope
 from tests.support import tiny
+from tests.support import torch_reference as ref
 from tests.support.folders import edit_config, rewrite
 
 
@@ -23,16 +22,9 @@ def made(tmp_path_factory):
     @functools.cache
     def make(family):
         folder = tiny.make_family(tmp_path_factory.mktemp(family), family)
-        return folder, rt.load(str(folder)), torch_model(folder)
+        return folder, rt.load(str(folder)), ref.load(folder)
 
     return make
-
-
-def torch_model(folder, dtype=torch.float32):
-    """Eager: another implementation may leave out a soft-cap."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager"
-    ).eval()
 
 
 def test_old_and_new_forms_of_a_config_say_the_same(tmp_path):

@@ -13,12 +13,12 @@ from reptune_jax.evals import arms
 from reptune_jax.folder import RunName, Study
 from reptune_jax.hub import peft
 from tests.support import lora_case, tiny
+from tests.support import torch_reference as ref
 from tests.support.peft_case import (
     assert_same,
     change,
     ours,
     peft_adapter,
-    torch_base,
     torch_logits,
 )
 
@@ -46,7 +46,7 @@ def test_peft_loads_our_adapter_and_says_the_same(modules, model, folder, ids, t
     assert (config["r"], config["lora_alpha"]) == (4, 8.0)
     assert config["layers_to_transform"] == [1, 2]
     assert str(folder) not in (out / "adapter_config.json").read_text()  # nor anybody's paths
-    theirs = PeftModel.from_pretrained(torch_base(folder), out).eval()
+    theirs = PeftModel.from_pretrained(ref.load(folder), out).eval()
     adapted = [name for name, _ in theirs.named_parameters() if "lora_A" in name]
     assert len(adapted) == 2 * (2 if len(modules) == 2 and modules[0] == "attn/v" else 7)
     tuned = arms.tuned(model, run).model

@@ -13,13 +13,13 @@ import reptune_jax as rt
 from reptune_jax import convert, lm
 from reptune_jax.hub import peft_config
 from tests.support import lora_case, tiny
+from tests.support import torch_reference as ref
 from tests.support.peft_case import (
     assert_same,
     change,
     ours,
     peft_adapter,
     randomize,
-    torch_base,
     torch_logits,
 )
 
@@ -37,7 +37,7 @@ def model(folder):
 
 
 def from_peft(folder, adapter):
-    return torch_logits(PeftModel.from_pretrained(torch_base(folder), adapter).eval(), IDS)
+    return torch_logits(PeftModel.from_pretrained(ref.load(folder), adapter).eval(), IDS)
 
 
 # ---------------------------------------------------------------- how an adapter began
@@ -63,7 +63,7 @@ def test_adapters_that_hold_a_part_of_their_base_are_refused(init, model, folder
 
 def test_a_pissa_adapter_that_peft_converted_is_an_ordinary_one(model, folder, tmp_path):
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", r=4)
-    theirs = get_peft_model(torch_base(folder), config)
+    theirs = get_peft_model(ref.load(folder), config)
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "init")
     theirs.peft_config["default"].init_lora_weights = "pissa"
@@ -227,7 +227,7 @@ def test_a_merge_into_16_bits_says_what_is_left_of_the_update(
     scale, least, most, folder, tmp_path, capsys
 ):
     config = LoraConfig(target_modules=["v_proj"], r=4, lora_alpha=4)
-    theirs = get_peft_model(torch_base(folder), config)
+    theirs = get_peft_model(ref.load(folder), config)
     randomize(theirs, scale=scale)
     theirs.save_pretrained(tmp_path)
     coarse = lm.load(str(folder), "bfloat16")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoModelForCausalLM
 
 import reptune_jax as rt
 from tests.support import old_reader, tiny
+from tests.support import torch_reference as ref
 from tests.support.folders import edit_config, spaced_tokenizer
 
 _INST = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} \
@@ -190,7 +190,7 @@ def test_what_comes_in_goes_out_and_is_the_same(brought, tmp_path):
     again = rt.load(str(out))
     assert again.encode_prompt(CHAT) == ids and again.stop_ids == model.stop_ids
     assert again.generate_each([ids], 8) == new
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    theirs = ref.load(out)
     with torch.no_grad():
         want_V = theirs(torch.tensor(tokens_BxT)).logits[0, -1].numpy()
     np.testing.assert_allclose(logits_V, want_V, atol=1e-4 * np.abs(want_V).max())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import reptune_jax as rt
 from reptune_jax import convert
@@ -49,7 +49,7 @@ def test_added_tokens_beyond_the_embedding_do_no_harm_until_they_are_met(folder,
     said = capsys.readouterr().out
     assert f"{folder}: {IMAGE} (added, ids from 320) lie beyond the model's vocabulary of" in said
     prompts = ["Tell me.", "What do you think of the weather?"]
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hf = ref.load(folder)
     want = ref.greedy(hf, tokenizer, prompts, 8)
     assert model.generate(prompts, max_new_tokens=8) == want
     assert model.generate(prompts, max_new_tokens=8) == rt.load(str(clean)).generate(prompts, 8)
@@ -105,7 +105,7 @@ def test_a_gguf_file_without_its_base_is_said(tmp_path, capsys):
 
 def state(folder, wrap):
     """Names and weights of a wrapped model, as a plain save of its state dict writes them."""
-    wrapped = wrap(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    wrapped = wrap(ref.load(folder))
     return {k: v.detach().contiguous().numpy().copy() for k, v in wrapped.state_dict().items()}
 
 
@@ -155,7 +155,7 @@ def test_language_models_within_a_larger_one_are_named(folder):
 def test_a_base_models_names_without_their_prefix_are_read(tmp_path):
     """AutoModel's form of a tied model: no "model." and no head."""
     folder = tiny.make_llama(tmp_path / "in", tie_word_embeddings=True)
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hf = ref.load(folder)
     bare = {k: v.numpy().copy() for k, v in hf.model.state_dict().items()}
     save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
     ids = np.random.default_rng(0).integers(4, tiny.VOCAB, (2, 12))

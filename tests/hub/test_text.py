@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import reptune_jax as rt
 from reptune_jax.hub import text as texts
@@ -73,7 +73,7 @@ def test_a_rendered_chat_has_the_templates_ids(template_bos, tmp_path):
 
 
 def test_pairs_are_scored_after_the_same_bos(ours, folder):
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = ref.load(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     given = [("Tell me", " of it"), (tiny.BOS + "Tell me", " of it"), ("", "Tell me of it")]
     got = [logp for logp, _ in ours.loglikelihood(given)]
@@ -101,7 +101,7 @@ def test_vectors_are_read_after_the_same_bos(ours):
 
 
 def test_generating_from_raw_text_is_transformers_own(ours, folder):
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = ref.load(folder)
     ids = AutoTokenizer.from_pretrained(folder)("Tell me", return_tensors="pt")
     with torch.no_grad():
         all_ids = theirs.generate(

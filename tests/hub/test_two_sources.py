@@ -31,7 +31,7 @@ def logits(folder):
 
 
 def transformers_logits(folder):
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hf = ref.load(folder)
     with torch.no_grad():
         return ref.logits(hf, torch.tensor(IDS), torch.ones(IDS.shape).long()).numpy()
 

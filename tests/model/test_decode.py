@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import reptune_jax as rt
 from reptune_jax.model.cache import init_cache
@@ -37,7 +37,7 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return ref.load(folder)
 
 
 def torch_logp(model, ids):
@@ -97,7 +97,7 @@ def test_a_prompt_alone_and_in_a_batch_give_the_same_text(ours):
 def test_greedy_text_is_that_of_transformers(variant, chat, tmp_path):
     maker, overrides = tiny.VARIANTS[variant]
     folder = maker(tmp_path, bos=True, **overrides)
-    torch_one = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch_one = ref.load(folder)
     want = ref.greedy(torch_one, AutoTokenizer.from_pretrained(folder), PROMPTS, 24, chat)
     got = rt.load(str(folder)).generate(PROMPTS, max_new_tokens=24, chat=chat)
     assert got == want
@@ -238,7 +238,7 @@ def boundary(tokenizer, context, continuation):
 def test_loglikelihood_is_that_of_torch(bos, tmp_path):
     folder = tiny.make_qwen2(tmp_path, bos=bos)
     ours = rt.load(str(folder))
-    torch_one = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch_one = ref.load(folder)
     got = ours.loglikelihood(PAIRS)
     for (context, continuation), (logp, _) in zip(PAIRS, got, strict=True):
         ids, start = boundary(ours.tokenizer, context, continuation)

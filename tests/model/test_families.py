@@ -37,16 +37,9 @@ def made(tmp_path_factory):
     @functools.cache
     def make(family):
         folder = tiny.make_family(tmp_path_factory.mktemp(family), family)
-        return folder, rt.load(str(folder)), torch_model(folder)
+        return folder, rt.load(str(folder)), ref.load(folder)
 
     return make
-
-
-def torch_model(folder, dtype=torch.float32):
-    """Eager: another implementation may leave out a soft-cap."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager"
-    ).eval()
 
 
 def rows(side="none", seed=0):
@@ -173,7 +166,7 @@ def test_bfloat16_rounds_as_torch_does_and_keeps_the_argmax(family, made):
     folder, exact, _ = made(family)
     ids, mask = rows()
     want = np.asarray(exact.forward(ids, mask, capture=True).logits_BxTxV)
-    coarse = torch_logits(torch_model(folder, torch.bfloat16), ids, mask)
+    coarse = torch_logits(ref.load(folder, torch.bfloat16), ids, mask)
     got = np.asarray(rt.load(str(folder), dtype="bfloat16").forward(ids, mask).logits_BxTxV)
     error, theirs = np.abs(got - want).mean(), np.abs(coarse - want).mean()
     assert 0 < error < 1.2 * theirs
@@ -192,7 +185,7 @@ def test_out_and_in_again_is_the_same_to_the_byte(family, dtype, made, tmp_path)
     """In float32 from one file, in bfloat16 from shards with an index."""
     folder, ours, theirs = made(family)
     if dtype == "bfloat16":
-        coarse = torch_model(folder, torch.bfloat16)
+        coarse = ref.load(folder, torch.bfloat16)
         folder = tmp_path / "in"
         coarse.save_pretrained(folder, max_shard_size="40KB")
         assert (folder / "model.safetensors.index.json").exists()
@@ -220,7 +213,7 @@ def test_an_exported_folder_says_the_same_in_transformers(family, tmp_path):
     model = rt.load(str(folder))
     out = rt.save_hf(model, tmp_path / "out")
     prompts = ["Tell me.", "What do you think of the weather?"]
-    want = ref.greedy(torch_model(out), model.tokenizer, prompts, 8)
+    want = ref.greedy(ref.load(out), model.tokenizer, prompts, 8)
     assert model.generate(prompts, max_new_tokens=8) == want
 
 
@@ -235,7 +228,7 @@ def test_gpt2_without_its_prefix_and_with_buffers_goes_out_as_it_came(made, tmp_
     same = jax.tree.map(lambda a, b: bool((a == b).all()), model.params, ours.params)
     assert all(jax.tree.leaves(same))
     assert tensors(rt.save_hf(model, tmp_path / "out")).keys() == bare.keys()
-    assert torch_model(tmp_path / "out").transformer.h[0].mlp.c_fc.weight.shape == (64, 96)
+    assert ref.load(tmp_path / "out").transformer.h[0].mlp.c_fc.weight.shape == (64, 96)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 import reptune_jax as rt
 from reptune_jax import convert
@@ -71,7 +69,7 @@ def test_a_model_that_overflows_says_so_and_nothing_else(half):
 def test_what_is_advised_works(folder):
     """The same files in float32 say what transformers says."""
     ours = rt.load(str(folder), dtype="float32")
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = ref.load(folder)
     assert ours.generate(PROMPTS, max_new_tokens=4) == ref.greedy(
         theirs, ours.tokenizer, PROMPTS, 4
     )

@@ -28,15 +28,9 @@ def made(tmp_path_factory):
     def make(variant):
         maker, overrides = tiny.VARIANTS[variant]
         folder = maker(tmp_path_factory.mktemp(variant), **overrides)
-        return rt.load(str(folder)), torch_model(folder)
+        return rt.load(str(folder)), ref.load(folder)
 
     return make
-
-
-def torch_model(folder):
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
 
 
 def draw_ids(B, T, seed=0):
@@ -94,7 +88,7 @@ def test_positions_beyond_4096(rope, tmp_path):
     shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     rope = {**rope, "rope_theta": 500_000.0}
     folder = tiny.make_llama(tmp_path, rope_parameters=rope, max_position_embeddings=8192, **shape)
-    ours, torch_one = rt.load(str(folder)), torch_model(folder)
+    ours, torch_one = rt.load(str(folder)), ref.load(folder)
     ids = draw_ids(1, 4160)
     real = np.arange(4160)[None] >= 4096
     assert_parity(ours.forward(ids, capture=True), *theirs(torch_one, ids), real)
@@ -247,7 +241,7 @@ def test_initializing_makes_the_tree_of_the_checkpoint(made):
 def test_bfloat16_is_as_near_to_float32_as_torchs_is(tmp_path):
     folder = tiny.make_llama(tmp_path)
     ids = draw_ids(4, 64)
-    exact, _ = theirs(torch_model(folder), ids)
+    exact, _ = theirs(ref.load(folder), ids)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         coarse = model(torch.tensor(ids).long()).logits.float().numpy()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tests.support import tiny
 from tests.support import torch_reference as ref
@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return ref.load(folder)
 
 
 @pytest.fixture

@@ -5,13 +5,10 @@ import json
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+
+from tests.support import torch_reference as ref
 
 TOLERANCE = 1e-4
-
-
-def torch_base(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def torch_logits(hf, ids):
@@ -40,7 +37,7 @@ def randomize(theirs, seed=0, scale=0.1):
 def peft_adapter(folder, out, seed=0, **settings):
     """An adapter that peft made, with random weights; returns the torch model."""
     config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **settings})
-    theirs = get_peft_model(torch_base(folder), config)
+    theirs = get_peft_model(ref.load(folder), config)
     randomize(theirs, seed)
     theirs.save_pretrained(out)
     return theirs.eval()

@@ -2,17 +2,12 @@
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 import reptune_jax as rt
 from tests.support import tiny
 from tests.support import torch_reference as ref
 
 TOLERANCE = 1e-4  # of the largest logit
-
-
-def torch_model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def make_vector(seed=0, layers=range(4), N=4, D=64, **meta):

@@ -7,13 +7,22 @@ held against each other. Layer l is the output of 0-based block l.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 Directions = Mapping[int, Tensor]  # layer -> vector of D
+
+
+def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A checkpoint in transformers; eager, as another attention may leave out a soft-cap."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
 
 
 class Batch(NamedTuple):

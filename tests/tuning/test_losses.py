@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from reptune_jax import lm
 from reptune_jax.hub import weights
@@ -39,7 +38,7 @@ def model(folder):
 
 @pytest.fixture
 def torch_model(folder):
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hf = ref.load(folder)
     ref.unfreeze(hf, range(*LAYERS), HF_MODULES)
     return hf
 

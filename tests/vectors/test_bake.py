@@ -17,7 +17,6 @@ from tests.support.steering_case import (
     draw_batch,
     hooks,
     make_vector,
-    torch_model,
 )
 
 
@@ -29,7 +28,7 @@ def ours(tmp_path_factory):
 @pytest.mark.parametrize("mlp_bias", [True, False])
 def test_a_baked_model_is_the_steered_one_and_so_is_its_export(mlp_bias, tmp_path):
     folder = tiny.make_llama(tmp_path / "base", mlp_bias=mlp_bias)
-    ours, theirs = rt.load(str(folder)), torch_model(folder)
+    ours, theirs = rt.load(str(folder)), ref.load(folder)
     ids, mask = draw_batch()
     vector = 0.3 * make_vector(layers=[1, 2]).unit()
     baked = rt.bake(ours, vector)
@@ -40,7 +39,7 @@ def test_a_baked_model_is_the_steered_one_and_so_is_its_export(mlp_bias, tmp_pat
     assert ours.arch.mlp_bias == mlp_bias and ours.config.get("mlp_bias") == mlp_bias  # intact
 
     rt.save_hf(baked, tmp_path / "out")
-    exported = torch_model(tmp_path / "out")
+    exported = ref.load(tmp_path / "out")
     assert exported.config.mlp_bias
     ids, mask = torch.tensor(ids).long(), torch.tensor(mask)
     with torch.no_grad():
@@ -115,7 +114,7 @@ def ablating_hooks(hf_model, u_D):
 def test_a_baked_ablation_is_the_online_one_at_every_block(maker, tmp_path):
     make, overrides = tiny.VARIANTS[maker]
     folder = make(tmp_path / "base", **overrides)
-    ours, theirs = rt.load(str(folder)), torch_model(folder)
+    ours, theirs = rt.load(str(folder)), ref.load(folder)
     ids, mask = draw_batch()
     vector = make_vector().at(layers=[2])
     u_D = vector.directions_NxD[2] / np.linalg.norm(vector.directions_NxD[2])
@@ -151,7 +150,7 @@ def test_a_baked_ablation_is_the_online_one_at_every_block(maker, tmp_path):
     np.testing.assert_allclose(again[real], logits[real], atol=TOLERANCE * scale)
 
     rt.save_hf(baked, tmp_path / "out")
-    exported = torch_model(tmp_path / "out")
+    exported = ref.load(tmp_path / "out")
     assert exported.config.tie_word_embeddings is False
     with torch.no_grad():
         final = exported(torch.tensor(ids).long(), torch.tensor(mask)).logits.numpy()

@@ -78,7 +78,7 @@ def test_a_control_vector_of_repeng_steers_the_blocks_that_it_names(tmp_path, fo
     v = rt.SteeringVector.load(tmp_path / "v.gguf", n_layers=4)
     assert v.meta["model_type"] == "llama" and v.layers == (1, 2)
     ids, mask = steering_case.draw_batch()
-    hf, hooks = steering_case.torch_model(folder), {l: torch.tensor(r) for l, r in rows.items()}
+    hf, hooks = steering_case.ref.load(folder), {l: torch.tensor(r) for l, r in rows.items()}
     logits = model.forward(ids, mask, steer=v).logits_BxTxV
     steering_case.assert_equals_torch(logits, hf, ids, mask, hooks)
     for refused in (lambda: v.unit(), lambda: v.probe(center=True)):
@@ -95,7 +95,7 @@ def test_lm_evals_file_adds_the_same_by_torch_hooks(tmp_path, folder):
     v = steering_case.make_vector(layers=[1, 3], **META).unit()
     v.save(tmp_path / "v.pt")
     config = torch.load(tmp_path / "v.pt", weights_only=True)
-    model, hooks = steering_case.torch_model(folder), []
+    model, hooks = steering_case.ref.load(folder), []
     modules = dict(model.base_model.named_modules())  # where lm-eval looks for the names
     for name, spec in config.items():
         assert (spec["action"], spec["bias"], spec["head_index"]) == ("add", None, None)

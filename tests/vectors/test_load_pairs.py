@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import reptune_jax as rt
 from reptune_jax.data import behavior
@@ -13,6 +13,7 @@ from reptune_jax.folder import Study
 from reptune_jax.tuning import corpus
 from reptune_jax.vectors import extraction
 from tests.support import tiny, tiny_behavior
+from tests.support import torch_reference as ref
 
 CAA = [
     {
@@ -64,7 +65,7 @@ def test_the_vector_is_the_mean_difference_that_transformers_reads(made):
     folder, model = made
     ours = rt.extract(model, rt.load_pairs(folder / "caa.json", model), position="response")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    theirs = ref.load(folder / "model")
 
     def answer_mean(question, answer):
         prompt = tokenizer.encode(chat(("user", question)), add_special_tokens=False)

@@ -21,7 +21,6 @@ from tests.support.steering_case import (
     draw_batch,
     hooks,
     make_vector,
-    torch_model,
 )
 
 
@@ -37,7 +36,7 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    return torch_model(folder)
+    return ref.load(folder)
 
 
 def test_arithmetic():
