@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import reptune_jax as rt
-from reptune_jax import convert
 from reptune_jax.model.decode import MISSING
 from reptune_jax.model.intervene import steer_all
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -111,9 +110,5 @@ def test_weights_beyond_float16_are_refused_when_they_are_read(tmp_path):
     tiny.make_llama(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors[name].__imul__(1e7))
     rt.load(str(tmp_path), dtype="bfloat16")
-    expected = rf"1 tensors have weights beyond float16.*{name}"
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=rf"1 tensors have weights beyond float16.*{name}"):
         rt.load(str(tmp_path), dtype="float16")
-    with pytest.raises(ValueError, match=expected):  # leaf by leaf
-        convert.run(str(tmp_path), str(tmp_path / "out"), dtype="float16")
-    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ def run(module: str, *args: Any, quick: bool = True) -> subprocess.CompletedProc
     """`python -m tests.support.MODULE ARGS`, which has to succeed; `quick`: compiled plainly."""
     # Compiling is most of the time there.
     plainly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quick else {}
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", f"tests.support.{module}", *map(str, args)],
         env={**os.environ, **flags, **plainly},
