@@ -73,7 +73,7 @@ def study_card(c: ConfigDict, study: Study) -> str:
         sha=study.vector.get("sha256"),
         measure=measure.label if measure else "none",
         effect=effect,
-        kl=blocks.number(study.kl(setting), 4),
+        kl=blocks.divergence(study.kl(setting)),
         attacks="".join(
             f"| {s.attack} | {s.verdict}{f': {s.took}' if s.took else ''} |\n"
             for s in security.said(study)

@@ -12,7 +12,7 @@ from reptune_jax.evals.measures import METRICS
 from reptune_jax.hub.side_files import public_name
 from reptune_jax.report import outcomes
 from reptune_jax.report import study as studies
-from reptune_jax.report.blocks import interval, number
+from reptune_jax.report.blocks import divergence, interval
 from reptune_jax.report.study import Study
 
 
@@ -57,7 +57,7 @@ def selection(study: Study) -> list[str]:
         swept = [c for c in study.settings(split="val") if (c.arm, c.sign) == ("steer", sign)]
         limit = f", KL budget {budget:.3g} nats/token" if np.isfinite(budget) else ""
         where = f"layer {steer.layer}" if steer.layer >= 0 else "several layers"
-        dose, kl = f"{steer.dose:+g}".replace("-", "−"), number(study.kl(steer))
+        dose, kl = f"{steer.dose:+g}".replace("-", "−"), divergence(study.kl(steer))
         lines.append(
             f"{steer.name}: {where}, dose {dose}; KL on neutral prose {kl} nats/token "
             f"({len(swept)} settings swept on validation{limit})."
@@ -103,8 +103,8 @@ def limitations(study: Study) -> list[str]:
         steer = study.pick("steer", sign)
         if steer and study.kl(steer) > 1.05 * study.budget(sign):
             lines.append(
-                f"{steer.name} costs more KL than dual ({number(study.kl(steer))} against "
-                f"{number(study.budget(sign))} nats/token): not a comparison at equal cost."
+                f"{steer.name} costs more KL than dual ({divergence(study.kl(steer))} against "
+                f"{divergence(study.budget(sign))} nats/token): not a comparison at equal cost."
             )
     if study.primary_chosen:
         lines.append("The primary measure was chosen with a flag, not by the study.")

@@ -70,6 +70,13 @@ def interval(x: Interval | None, digits: int = 3, signed: bool = True) -> str:
     return f"{number(x.estimate, digits, signed)} [{low}, {high}]"
 
 
+def divergence(x: float | Interval | None) -> str:
+    """A KL: three decimals, or two digits of one that is smaller: 0.013, 0.00042."""
+    middle = x.estimate if isinstance(x, Interval) else x or 0.0
+    digits = 1 - math.floor(math.log10(middle)) if 1e-6 < middle < 0.01 else 3
+    return interval(x, digits, signed=False) if isinstance(x, Interval) else number(x, digits)
+
+
 def percent(x: float | None) -> str:
     """A share as a percentage."""
     return "–" if x is None or not math.isfinite(x) else f"{100 * x:.1f} %"

@@ -23,7 +23,7 @@ from reptune_jax.hub.export import all_or_nothing
 from reptune_jax.hub.side_files import public_name
 from reptune_jax.report import markdown, outcomes
 from reptune_jax.report import study as studies
-from reptune_jax.report.blocks import interval, number
+from reptune_jax.report.blocks import divergence, interval
 from reptune_jax.report.study import BASE, Study
 from reptune_jax.vectors.steering_vector import SteeringVector
 
@@ -91,7 +91,7 @@ def summary(study: Study) -> dict[str, Any]:
                 "sign": setting.sign,
                 "outcome": known[setting].word,
                 "delta": interval(studies.interval(study.delta(setting, BASE, measure, "test"))),
-                "kl": number(study.kl(setting)),
+                "kl": divergence(study.kl(setting)),
                 "against": {
                     r.rival.arm: {"advantage": interval(r.advantage), "verdict": r.verdict}
                     for r in frame.itertuples()

@@ -15,7 +15,7 @@ from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.stats import Interval
 from reptune_jax.report import captions, claims
 from reptune_jax.report import study as studies
-from reptune_jax.report.blocks import Table, interval, number, percent
+from reptune_jax.report.blocks import Table, divergence, interval, number, percent
 from reptune_jax.report.study import BASE, Setting, Study
 
 # Of dual, in the declared comparisons.
@@ -262,7 +262,7 @@ def line(study: Study, setting: Setting) -> str:
 def table(study: Study) -> Table:
     """Every arm's outcome as text."""
     rows = [
-        [setting.name, found.word, number(study.kl(setting)), found.why]
+        [setting.name, found.word, divergence(study.kl(setting)), found.why]
         for setting, found in outcomes(study).items()
     ]
     header = ["Arm", "Outcome", "KL, prose", "Why"]
@@ -285,7 +285,9 @@ def _answers(study: Study, setting: Setting, found: Outcome) -> list[str]:
         ]
         parts.append(f"against {', '.join(against) or 'no rival'}")
     kl = study.kl(setting)
-    parts.append(f"cost: KL {number(kl)} nats/token on prose" if kl == kl else "cost not measured")
+    parts.append(
+        f"cost: KL {divergence(kl)} nats/token on prose" if kl == kl else "cost not measured"
+    )
     rows = study.measured(setting, measure, "test")
     items, clusters, seeds = rows.item_id.nunique(), rows.cluster.nunique(), rows.seed.nunique()
     parts.append(f"evidence: {items} test items in {clusters} clusters, training seeds: {seeds}")

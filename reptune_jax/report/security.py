@@ -9,7 +9,7 @@ from reptune_jax.evals.attacks import controls, verdicts, words
 from reptune_jax.evals.attacks.verdicts import Attacks, Found, Removed
 from reptune_jax.evals.attacks.words import Said
 from reptune_jax.report import captions
-from reptune_jax.report.blocks import Block, Plot, Table, interval, number, percent
+from reptune_jax.report.blocks import Block, Plot, Table, divergence, interval, number, percent
 from reptune_jax.report.study import Setting, Study
 from reptune_jax.report.style import COLORS, DASHES, MARKERS
 
@@ -114,7 +114,7 @@ def _copied(attacks: Attacks) -> Table | None:
             _name(x.arm, x.sign),
             x.how,
             interval(x.share, 2, False),
-            f"{number(x.kl)} ({number(x.vector_kl)})",
+            f"{divergence(x.kl)} ({divergence(x.vector_kl)})",
             "–" if x.how == "random" else x.verdict,
         ]
         for x in verdicts.copied(attacks)
@@ -130,7 +130,7 @@ def _edits(edits: list[Removed]) -> Table | None:
             r.how + (f" × {r.k:g}".replace("-", "−") if r.how == "scale" else ""),
             interval(r.removed, 2),
             interval(r.ahead, 2),
-            number(r.kl),
+            divergence(r.kl),
             str(r.items),
             r.verdict,
         ]
@@ -152,7 +152,7 @@ def _relearned(edits: list[Removed]) -> Table | None:
             words.kind(r)[1],
             f"{r.k:g}",
             interval(r.removed, 2),
-            number(r.kl),
+            divergence(r.kl),
             r.verdict,
         ]
         for r in tried
@@ -187,7 +187,7 @@ def _rounded(edits: list[Removed], attacks: Attacks) -> Table | None:
             words.kind(r)[1],
             interval(r.kept, 2, False),
             percent(of.get((r.arm, r.sign, r.how), math.nan)),
-            number(r.kl),
+            divergence(r.kl),
             r.verdict,
         ]
         for r in edits

@@ -11,7 +11,7 @@ from reptune_jax.evals.measures import METRICS, Measure
 from reptune_jax.evals.stats import Interval
 from reptune_jax.report import captions, outcomes
 from reptune_jax.report import study as studies
-from reptune_jax.report.blocks import Table, interval, number, p_value, percent
+from reptune_jax.report.blocks import Table, divergence, interval, number, p_value, percent
 from reptune_jax.report.study import BASE, Study
 
 _CI = "[95 % CI]"
@@ -139,7 +139,11 @@ def equal_kl_table(study: Study, measure: Measure) -> Table | None:
     """Dual against the tuned arms that were scaled to its KL as text; None where none was."""
     frame = outcomes.family_frame(study, measure, equal_kl=True)
     rows = [
-        [f"{r.dual.name} vs {r.rival.name}", number(study.kl(r.dual)), number(study.kl(r.rival))]
+        [
+            f"{r.dual.name} vs {r.rival.name}",
+            divergence(study.kl(r.dual)),
+            divergence(study.kl(r.rival)),
+        ]
         + [interval(r.advantage), number(r.dz, 2, signed=True)]
         + [p_value(r.p), p_value(r.p_holm), str(r.n), r.verdict]
         for r in frame.itertuples()
@@ -160,7 +164,7 @@ def _budget_note(study: Study) -> str:
         for arm in ("dual", "steer"):
             setting = study.pick(arm, sign)
             if setting is not None and math.isfinite(kl := study.kl(setting)):
-                costs.append(f"{setting.name}: {number(kl)}")
+                costs.append(f"{setting.name}: {divergence(kl)}")
     return f" KL on neutral prose, nats/token ({', '.join(costs)})." if costs else ""
 
 
@@ -175,8 +179,8 @@ def retention_table(study: Study) -> Table:
             r.verdict or "–",
             interval(r.own_ce),
             r.own_verdict or "–",
-            interval(r.kl, signed=False),
-            interval(r.kl_chats, signed=False),
+            divergence(r.kl),
+            divergence(r.kl_chats),
             percent(r.top1.estimate),
         ]
         for r in frame.itertuples()
