@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- from results/ by docs/assets/results.py -->\n", "<!-- end -->"
-# docs/results.md has them: what lost, and what another one costs.
-LEFT_OUT = ("sycophancy-persona", "sentiment-cost")
+# docs/results.md has them: what lost, what another costs, and what is too small to show a thing.
+LEFT_OUT = ("sycophancy-persona", "sentiment-cost", "honesty-quick")
 RIVALS = ("prompt", "steer", "token", "random", "weights")
 NOT_THE_VECTOR = "not shown better than random"  # moved, but so did the random direction
 
