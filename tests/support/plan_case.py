@@ -1,6 +1,6 @@
 """A small step compiled for devices that are not there, and what the sharding rules say of it.
 
-Run by test_collectives on 8 forced devices: python -m tests.plan_case 1x8x1 2x2x2 …
+Run by test_collectives on 8 forced devices: python -m tests.support.plan_case 1x8x1 2x2x2 …
 """
 
 import functools
