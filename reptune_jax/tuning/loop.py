@@ -86,10 +86,11 @@ def _tune(job: Job, model: Model, params: dict[str, Any], objective: Objective) 
                 pending = i + 1, metrics, measure, measure or last or every(i, train.log_every)
                 stop = distributed.stop_asked()
                 validate = last or every(i + 1, train.eval_every)
-                if validate or stop or run.save_due(i + 1, pending[-1]):
-                    # What a checkpoint follows is checked, and in the log.
+                save = validate or stop or run.save_due(i + 1, pending[-1])
+                if save or not run.late:  # what a checkpoint follows is checked, and in the log
                     run.report(*pending, timed=timed)
                     pending = None
+                if save:
                     run.validate(state) if validate else run.save(state)
                 if stop:
                     run.profile(train.steps)

@@ -61,6 +61,8 @@ class Run:
         self.best, self.waited = done.best, done.waited
         self.claims = behaviors.load(job.c.behavior).kind == "claim"
         self.saved_at, self.tracing = time.monotonic(), False
+        # A CPU has done a step when it was asked for it: to report it late is to time two.
+        self.late = jax.default_backend() != "cpu"
         self.flops = 0.0  # of a step, for the MFU
         self.peak = hardware.peak_of(jax.devices()[0].device_kind, self.train.peak_tflops)
 

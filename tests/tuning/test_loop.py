@@ -10,6 +10,7 @@ import pytest
 
 from reptune_jax import config, folder, lm, train, tuned_run
 from reptune_jax.evals import arms
+from reptune_jax.tuning import loop
 from reptune_jax.tuning.run import Run
 from reptune_jax.vectors.steering_vector import SteeringVector
 from reptune_jax.watch.log import Log
@@ -48,9 +49,7 @@ def test_the_log_holds_what_a_run_promises(finished):
     validated = [r for r in rows if "val/loss" in r]
     assert [r["step"] for r in trained] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in validated] == [0, 2, 4, 6]
-    # Before a validation a step is reported right behind its predecessor, which says no speed.
-    raw = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    assert [r["step"] for r in raw if "examples_per_s" in r] == [3, 5]
+    assert steps_with_a_speed(folder) == [2, 3, 4, 5, 6]
     names = [
         "token_loss",
         "cosine_loss",
@@ -75,6 +74,27 @@ def test_the_log_holds_what_a_run_promises(finished):
     assert trained[0]["lr"] == pytest.approx(c.train.lr)
     lowest = [min(r["val/loss"] for r in validated[: n + 1]) for n in range(4)]
     assert [r["val/best"] for r in validated] == lowest
+
+
+def test_steps_reported_late_say_the_same_and_no_speed_that_was_not_seen(
+    finished, model, monkeypatch, tmp_path
+):
+    class Late(Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.late = True
+
+    monkeypatch.setattr(loop, "Run", Late)
+    c, folder = finished
+    late = train.run(c, tmp_path, model)
+    # Before a validation a step is reported right behind its predecessor.
+    assert steps_with_a_speed(late) == [3, 5]
+    assert read_log(late) == read_log(folder)
+
+
+def steps_with_a_speed(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [r["step"] for r in rows if "examples_per_s" in r]
 
 
 def test_the_checkpoint_is_the_best_one_and_says_where_it_comes_from(finished, model):
