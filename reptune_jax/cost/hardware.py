@@ -99,6 +99,11 @@ def about_peak(device_kind: str, given: float = 0.0) -> str:
     return f"MFU is of {peak:g} TFLOP/s a device ({source})"
 
 
+def is_tpu(kind: str) -> bool:
+    """Whether a kind of CHIPS, or "cpu", is a TPU."""
+    return kind.startswith("v")
+
+
 def parse(topology: str) -> tuple[str, str]:
     """ "v5e:2x2" -> ("v5e", "2x2").
 

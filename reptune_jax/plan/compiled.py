@@ -62,7 +62,7 @@ def run(c: ConfigDict, topology: str, model_config: str, tokens: int, labels: in
 
 def make(c: ConfigDict, arch: Arch, dtype: Any, mesh: Mesh, T: int, L: int, kind: str) -> Plan:
     """Lowers and compiles for chips of a `kind`."""
-    options = _AS_FOR_GPU if kind in hardware.CHIPS and not kind.startswith("v") else {}
+    options = _AS_FOR_GPU if kind in hardware.CHIPS and not hardware.is_tpu(kind) else {}
     step, args = abstract.step(c, arch, dtype, mesh, T, L)
     memory = _arguments(args)
     began, error, moved = time.monotonic(), "", {}
@@ -95,7 +95,7 @@ def lines(c: ConfigDict, arch: Arch, mesh: Mesh, kind: str, plan: Plan, T: int) 
         f"of layers {first} to {stop - 1}; {rows} rows of {T} tokens, remat {c.train.remat}"
         + (f"; frozen kernels in {c.train.base}" if c.train.base else ""),
         f"{mesh.size} x {chip.name if chip else 'CPU'}: mesh {shape}; compiled in "
-        f"{plan.seconds:.0f} s" + ("" if kind.startswith("v") else ", on forced CPU devices"),
+        f"{plan.seconds:.0f} s" + ("" if hardware.is_tpu(kind) else ", on forced CPU devices"),
         "",
         "memory per device, GiB",
         *(f"  {name:<18}{gib:>8.2f}" for name, gib in plan.memory.items()),
@@ -156,7 +156,7 @@ def _shape_of(name: str) -> dict[str, Any]:
 def _devices(kind: str, shape: str) -> list[Any]:
     """Devices to compile for; must come before anything else that touches jax's devices."""
     jax.config.update("jax_platforms", "cpu")
-    if not kind.startswith("v"):
+    if not hardware.is_tpu(kind):
         n = 1
         for part in shape.split("x"):
             n *= int(part)
