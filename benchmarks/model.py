@@ -17,6 +17,10 @@ def smollm2_folder() -> Path:
     cache = Path(os.environ.get("REPTUNE_CACHE", "~/.cache/reptune_jax")).expanduser()
     folder = cache / "smollm2-hf"
     if not (folder / "config.json").exists():
-        fetched = subprocess.run([_FETCH], check=True, stdout=subprocess.PIPE, text=True)
-        rt.save_hf(rt.load(fetched.stdout.strip(), dtype="float32"), folder)
+        rt.save_hf(rt.load(fetched(), dtype="float32"), folder)
     return folder
+
+
+def fetched() -> str:
+    """Its GGUF file with Q4_1 weights, fetched once."""
+    return subprocess.run([_FETCH], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()

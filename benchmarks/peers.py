@@ -10,7 +10,9 @@ the test extra has; they run on these.
 """
 
 import argparse
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,12 +48,12 @@ class Both:
         found = train_steering_vector(self.theirs, self.tokenizer, PAIRS, batch_size=BATCH)
         return {l: v.numpy() for l, v in found.layer_activations.items()}
 
-    def pca_center(self) -> dict[int, np.ndarray]:
-        """repeng's, by layer."""
+    def pca_center(self) -> ControlVector:
+        """repeng's."""
         self.tokenizer.padding_side = "right"
         entries = [DatasetEntry(*pair) for pair in PAIRS]
         asked = {"method": "pca_center", "batch_size": BATCH}
-        return ControlVector.train(self.theirs, self.tokenizer, entries, **asked).directions
+        return ControlVector.train(self.theirs, self.tokenizer, entries, **asked)
 
     def batch(self) -> Any:
         """Chats of several lengths as tensors, padded on the left."""
@@ -64,10 +66,12 @@ class Both:
         return self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
 
     def controlled(self, dose: float) -> ControlModel:
-        """repeng's wrapper with our vector at the middle layer; to be unwrapped."""
+        """repeng's wrapper with our vector at the middle layer, from a file; to be unwrapped."""
         wrapped = ControlModel(self.theirs, [self.l])
-        directions = {self.l: self.vector.dose_NxD[self.l]}
-        wrapped.set_control(ControlVector(self.theirs.config.model_type, directions), dose)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "vector.gguf")
+            self.vector.save(file)
+            wrapped.set_control(ControlVector.import_gguf(file), dose)
         return wrapped
 
 
@@ -81,10 +85,16 @@ def parity(both: Both) -> None:
     cosines = [_cosine(ours[l], theirs[l]) for l in range(both.N)]
     print(f"mean difference, steering-vectors: lowest cosine of {both.N} layers {min(cosines):.7f}")
     ours = rt.extract(both.ours, PAIRS, method="pca_center").directions_NxD
-    theirs = both.pca_center()
+    trained = both.pca_center()
+    theirs = trained.directions
     # Its last layer is read behind the final norm, as hidden_states has it: not the same residual.
     cosines = [_cosine(ours[l], theirs[l]) for l in range(1, both.N - 1)]
     print(f"pair-centred PCA, repeng: lowest cosine of layers 1 to {both.N - 2} {min(cosines):.7f}")
+    with tempfile.TemporaryDirectory() as folder:
+        trained.export_gguf(Path(folder, "theirs.gguf"))
+        read = rt.SteeringVector.load(Path(folder, "theirs.gguf"), n_layers=both.N).directions_NxD
+    apart = max(np.abs(read[l] - v).max() for l, v in theirs.items() if l)
+    print(f"repeng's own file read here: {apart:.0e} apart at most")
     inputs = both.batch()
     tokens, mask = (inputs[name].numpy() for name in ("input_ids", "attention_mask"))
     real, dose = mask.astype(bool), 2.0
