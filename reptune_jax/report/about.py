@@ -24,6 +24,9 @@ def facts(study: Study) -> list[tuple[str, str]]:
     tuned = rows[rows.arm.isin(TUNED_ARMS)]
     if "model" in vector:  # of an earlier version, which wrote the path
         vector = {**vector, "model": public_name(str(vector["model"]))}
+    layers = vector.get("layers") or []
+    if len(layers) > 2 and layers == [*range(layers[0], layers[-1] + 1)]:
+        vector = {**vector, "layers": f"{layers[0]} to {layers[-1]}"}
     read = ("model", "method", "position", "norm", "pairs", "layers", "sha256")
     vector_text = "; ".join(
         f"{k} {_short(vector[k])}" for k in read if vector.get(k) not in (None, "")

@@ -73,7 +73,7 @@ def pareto(study: Study, measure: Measure) -> Figure | None:
         kind = "neutral prose" if split == "neutral" else "unrelated chats"
         ax.set_xlabel(f"KL(base ‖ arm) on {kind}, nats/token (√ scale)")
     axes[0].set_ylabel(f"Δ vs base\n{measure.label}")
-    _legend_below(figure, axes[0])
+    _legend_below(figure)
     return figure
 
 
@@ -161,7 +161,7 @@ def curves(study: Study) -> Figure | None:
         ax.set_visible(False)
     for ax in axes[max(0, len(shown) - columns) : len(shown)]:
         ax.set_xlabel("step")
-    _legend_below(figure, axes[0])
+    _legend_below(figure)
     return figure
 
 
@@ -310,9 +310,12 @@ def _kl_ticks(limit: float) -> list[float]:
     return ticks
 
 
-def _legend_below(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+def _legend_below(figure: Figure) -> None:
+    """One for all panels: an arm may be measured on one of two texts only."""
+    unique: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            unique.setdefault(label, handle)
     if unique:
         figure.legend(
             unique.values(), unique.keys(), loc="outside lower center", ncols=min(5, len(unique))

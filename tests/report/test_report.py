@@ -20,6 +20,7 @@ from reptune_jax.report import (
     html,
     markdown,
     outcomes,
+    plots,
     sections,
     study,
     style,
@@ -72,6 +73,17 @@ def test_headline_numbers_are_those_of_the_rows(read, page):
     assert f"{dual.delta.mean():+.3f}" in page
     assert f"<td>{dual.value.mean():.3f}</td>" in page
     assert f"{items.mean() / items.std():+.2f}" in page
+
+
+def test_the_legend_names_what_any_panel_shows(read):
+    """As the prompt arm, which has no KL on prose."""
+    rows = read.rows
+    prose = (rows.arm == "token") & (rows["sign"] == 1) & (rows.split == "neutral")
+    figure = plots.pareto(dataclasses.replace(read, rows=rows[~prose]), LOGODDS)
+    shown = [set(ax.get_legend_handles_labels()[1]) for ax in figure.axes]
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(named) == sorted(shown[0] | shown[1])
+    assert "token +" in named and "token +" not in shown[0]
 
 
 def test_retention_numbers_are_ratios_of_sums(read, page):
