@@ -2,8 +2,14 @@
 
 import functools
 import time
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from reptune_jax import distributed
+
+T = TypeVar("T")
 
 
 def say(message: str) -> None:
@@ -16,6 +22,11 @@ def say(message: str) -> None:
 def note(message: str) -> None:
     """What was decided without asking: said once, however often a model is opened."""
     say(f"note: {message}")
+
+
+def watched(steps: Iterable[T], doing: str) -> Iterable[T]:
+    """The steps, with a bar and the time left where they take more than two seconds."""
+    return tqdm(steps, desc=doing, delay=2, leave=False, disable=not distributed.is_first())
 
 
 def clock(seconds: float) -> str:

@@ -16,10 +16,10 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from reptune_jax import lm
 from reptune_jax import mesh as meshes
+from reptune_jax.console import watched
 from reptune_jax.hub import weights
 from reptune_jax.hub.safetensors_io import TensorHandle
 from reptune_jax.hub.source import Source
@@ -70,7 +70,7 @@ def _tree(
     if mesh is not None:
         meshes.check_divides({path: leaf.shape for path, leaf in leaves.items()}, mesh)
     flat: dict[str, np.ndarray] = {}
-    for path, leaf in tqdm(leaves.items(), desc="rounding weights", delay=2, leave=False):
+    for path, leaf in watched(leaves.items(), "rounding weights"):
         inputs, whole = _inputs(path, arch), leaf.read()
         if not inputs:
             flat[path] = whole

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from reptune_jax import mesh as meshes
+from reptune_jax.console import watched
 from reptune_jax.hub import digest, peft, templates, text, weights
 from reptune_jax.hub import source as sources
 from reptune_jax.hub import tokenizer as tokenizers
@@ -156,8 +156,8 @@ class Model:
         inputs.counts(max_new=max_new, batch_size=batch_size)
         out: list[list[int]] = [[]] * len(prompts)
         size = max(1, min(batch_size, len(prompts)))  # few prompts: no rows for nothing
-        batches = list(batches_by_length([*map(len, prompts)], size))
-        for rows in tqdm(batches, desc="generating", delay=2, leave=False):
+        batches = batches_by_length([*map(len, prompts)], size)
+        for rows in watched(batches, "generating"):
             tokens, mask = pad([prompts[r] for r in rows], self.pad_id, left=True, rows=size)
             asked = max_new, sampling, steer, seed + rows[0], True
             for r, new_M in zip(rows, self.generate_ids(tokens, mask, *asked), strict=False):
@@ -236,7 +236,7 @@ class Model:
         starts = inputs.starts(starts, ids)
         out: list[tuple[float, bool]] = [(0.0, False)] * len(ids)
         size = max(1, min(batch_size, len(ids)))
-        for rows in batches_by_length([len(i) for i in ids], size):
+        for rows in watched(batches_by_length([*map(len, ids)], size), "scoring"):
             batch, starts_B = [ids[r] for r in rows], np.array([starts[r] for r in rows], np.int32)
             # Up to the token before the first scored one, whose hidden state predicts it.
             prefix, P = self.split_prefix(batch, int(starts_B.min()) - 1, steer)
@@ -272,7 +272,7 @@ class Model:
         candidates_IxC = inputs.candidates(candidates_IxC, len(prompts), self.arch.V)
         out_IxC = np.zeros(candidates_IxC.shape, np.float32)
         size = max(1, min(batch_size, len(prompts)))
-        for rows in batches_by_length([len(p) for p in prompts], size):
+        for rows in watched(batches_by_length([*map(len, prompts)], size), "scoring"):
             batch = [prompts[r] for r in rows]
             prefix, P = self.split_prefix(batch, min(map(len, batch)) - 1, steer)
             tokens, mask = pad([i[P:] for i in batch], self.pad_id, left=False, rows=size)

@@ -15,6 +15,8 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from reptune_jax.console import watched
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -134,7 +136,7 @@ def in_batches(
 ) -> Any:
     """`compute(*inputs)` for all rows, `batch` at a time; the results on the host."""
     found, B = [], len(inputs[0])
-    for start in range(0, B, batch):
+    for start in watched(range(0, B, batch), "reading texts"):
         rows_B = np.resize(np.arange(start, min(start + batch, B)), batch)
         rows = put_rows(tuple(a[rows_B] for a in inputs), mesh)
         found.append(fetch(compute(*rows)))

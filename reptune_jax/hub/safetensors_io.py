@@ -13,9 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
-from tqdm import tqdm
 
-from reptune_jax.console import note
+from reptune_jax.console import note, watched
 from reptune_jax.reading import parse_json, reading
 
 INDEX = "model.safetensors.index.json"
@@ -247,9 +246,7 @@ def save_tensors(
     names: list[list[str]] = []
     total = 0
     try:
-        for shard in tqdm(
-            _shards(pairs, max_shard_bytes), desc="writing weights", delay=2, leave=False
-        ):
+        for shard in watched(_shards(pairs, max_shard_bytes), "writing weights"):
             temporary.append(folder / f".tmp-{os.getpid()}-{len(temporary):05d}.safetensors")
             save_file(shard, temporary[-1], {"format": "pt"})
             names.append(list(shard))

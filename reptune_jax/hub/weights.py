@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from tqdm import tqdm
 
+from reptune_jax.console import watched
 from reptune_jax.hub.names import (
     AS_TABLED,
     HEADS,
@@ -69,14 +69,14 @@ def load_params(source: Source, arch: Arch, dtype: Any) -> dict[str, Any]:
     """
     if source.leaves is not None:
         handles = leaves(source, arch, dtype).items()
-        bar = tqdm(handles, desc="loading weights", delay=2, leave=False)
+        bar = watched(handles, "loading weights")
         return traverse_util.unflatten_dict({p: h.read() for p, h in bar}, sep="/")
     names, shapes = _names(arch.family, spelling(source, arch)), abstract_params(arch)
     _check(source, arch, names, shapes)
     flat = {path: np.empty(leaf.shape, dtype) for path, leaf in shapes.items()}
     broken, large = [], []
     tensors = list(_tensors(flat, names))
-    for name, parts in tqdm(tensors, desc="loading weights", delay=2, leave=False):
+    for name, parts in watched(tensors, "loading weights"):
         tensor = source.tensors[name].read()
         if not finite(tensor):
             broken.append(name)

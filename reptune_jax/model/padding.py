@@ -1,16 +1,16 @@
 """Rows of unequal length as arrays: padded on one side, batched with others of their length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 BUCKET = 16  # token lengths are rounded up to this, so that few shapes are compiled
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Row numbers in batches of similar length."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def pad(

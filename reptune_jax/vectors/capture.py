@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from reptune_jax import mesh as meshes
-from reptune_jax.console import say
+from reptune_jax.console import say, watched
 from reptune_jax.hub import templates
 from reptune_jax.hub.side_files import public_name
 from reptune_jax.lm import Model
@@ -63,9 +62,9 @@ def make_vector(
         say("vector: the rows have more than 1 GiB, so stability and AUROC are not computed.")
     kept = methods.init(N, D, nuisance_NxD, rows=small or METHODS[method].of_rows)
     longest = [max(len(p.ids), len(n.ids)) for p, n in zip(*both, strict=True)]
-    batches = list(batches_by_length(longest, batch_size))
+    batches = batches_by_length(longest, batch_size)
     finite = []  # stays on the device, like the sums
-    for rows in tqdm(batches, desc="reading residuals", delay=2, leave=False):
+    for rows in watched(batches, "reading residuals"):
         sides = [read_batch(model, [side[r] for r in rows], batch_size) for side in both]
         finite.append(_finite(*sides))
         kept = methods.add(kept, *sides)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from reptune_jax import mesh as meshes
+from reptune_jax.console import watched
 from reptune_jax.lm import Model
 from reptune_jax.model import inputs, score
 from reptune_jax.model.intervene import rows as rows_of
@@ -110,7 +110,7 @@ def sweep(
     kept = sweep_file.Kept(Path(keep) if keep else None, about, texts)
     try:
         left = texts[len(kept.rows) :]
-        for prompt, answers in tqdm(left, desc="sweeping", delay=2, leave=False):
+        for prompt, answers in watched(left, "sweeping"):
             kept.add(_cells(model, done, cells, prompt, answers, batch_size))
     finally:
         kept.write()
