@@ -26,7 +26,8 @@ def facts(study: Study) -> list[tuple[str, str]]:
         vector = {**vector, "model": public_name(str(vector["model"]))}
     layers = vector.get("layers") or []
     if len(layers) > 2 and layers == [*range(layers[0], layers[-1] + 1)]:
-        vector = {**vector, "layers": f"{layers[0]} to {layers[-1]}"}
+        layers = [f"{layers[0]} to {layers[-1]}"]
+    vector = {**vector, "layers": ", ".join(map(str, layers))}
     read = ("model", "method", "position", "norm", "pairs", "layers", "sha256")
     vector_text = "; ".join(
         f"{k} {_short(vector[k])}" for k in read if vector.get(k) not in (None, "")

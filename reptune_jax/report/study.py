@@ -300,6 +300,7 @@ def _vector(path: Path) -> dict[str, Any]:
     with reading(path, "Use a file that is whole."), safe_open(path, framework="numpy") as f:
         about = dict(f.metadata() or {})
         meta = parse_json(about.pop("meta", "{}"), path)
+        meta["layers"] = json.loads(about.pop("layers", "[]"))
     return meta | about | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
 
 

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from reptune_jax.report import keep, markdown, study
+from reptune_jax.report import about, keep, markdown, study
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.support import steering_case
 from tests.support.synthetic import synthetic_study
@@ -20,6 +20,7 @@ def test_what_is_kept_is_a_study_again_and_names_no_folder(tmp_path):
     vector = steering_case.make_vector(model="/home/somebody/model.gguf", pairs=3)
     vector.save(folder / "vector.safetensors")
     whole = study.read(folder)
+    assert "pairs 3; layers 0 to 3; sha256" in dict(about.facts(whole))["Vector"]
     kept = keep.keep(whole, tmp_path / "results" / "kept", "by hand, in no time")
     assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == {
         "README.md", "config.json", "summary.json", "results/items.parquet", "vector.safetensors"
