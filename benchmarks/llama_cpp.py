@@ -1,6 +1,6 @@
 """A control vector written here, in llama.cpp itself: its loader, its graph, its logits.
 
-    pip install xllamacpp
+    pip install xllamacpp==2026.10.11549   # its structs are read as this one lays them out
     python -m benchmarks.llama_cpp [--model FILE.gguf] [--dose 2]
 
 Weights are written out as float32 first, so that both sides compute the same model, and what
