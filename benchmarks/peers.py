@@ -223,7 +223,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a Hugging Face folder; SmolLM2-135M, fetched once")
     parser.add_argument("--parity-only", action="store_true")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--case", default="", help="those whose names hold this, such as sweep")
+    parser.add_argument("--runs", type=int, default=3, help="0: the first calls are what counts")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, action="append", help="may be repeated; 1, 8, 32")
     parser.add_argument("--sweep", default="30x8x60", help="layers x doses x prompts")
@@ -239,8 +240,11 @@ def main() -> None:
     cases |= sweeping(both, *map(int, args.sweep.split("x")))
     rows = []
     for name, case in cases.items():
-        print(f"{name}: {case.agreement(case.jax(), case.torch())}", flush=True)
-        rows.append(row(name, alternate(case.jax, case.torch, args.runs)))
+        if args.case not in name:
+            continue
+        timing = alternate(case.jax, case.torch, args.runs)
+        print(f"{name}: {case.agreement(*timing.answers)}", flush=True)
+        rows.append(row(name, timing))
         print(rows[-1], flush=True)
     print("\n".join(["", HEADER, *rows]))
 

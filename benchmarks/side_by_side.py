@@ -102,7 +102,7 @@ def main() -> None:
     for name in args.case or CASES:
         case = CASES[name](rt_model, torch_model, tokenizer, args)
         timing = alternate(case.jax, case.torch, args.runs)
-        print(f"{name}: {case.agreement(case.jax(), case.torch())}", flush=True)
+        print(f"{name}: {case.agreement(*timing.answers)}", flush=True)
         rows.append(row(name, timing))
     print("\n".join(["", HEADER, *rows]))
 

@@ -13,6 +13,7 @@ Call = Callable[[], Any]
 class Timing:
     """Seconds of every run; `ratio`: median over rounds of b / a, how many times faster a is."""
 
+    answers: tuple[Any, Any]  # of the first calls, a's and b's
     first_a: float
     first_b: float
     times_a: tuple[float, ...]
@@ -36,15 +37,16 @@ class Case:
 def alternate(fn_a: Call, fn_b: Call, runs: int = 5) -> Timing:
     """Runs a and b in turns, the order swapped each round, so that a drifting clock favors neither.
 
-    Both must wait for their own result.
+    Both must wait for their own result. With no runs the first calls are the one round, compilation
+    included: for work so long that it is done once.
     """
-    first_a, first_b = _seconds(fn_a), _seconds(fn_b)
-    times_a, times_b = [], []
+    (answer_a, first_a), (answer_b, first_b) = _timed(fn_a), _timed(fn_b)
+    times_a, times_b = ([], []) if runs else ([first_a], [first_b])
     for i in range(runs):
         turns = ((fn_a, times_a), (fn_b, times_b))
         for fn, times in turns if i % 2 == 0 else turns[::-1]:
-            times.append(_seconds(fn))
-    return Timing(first_a, first_b, tuple(times_a), tuple(times_b))
+            times.append(_timed(fn)[1])
+    return Timing((answer_a, answer_b), first_a, first_b, tuple(times_a), tuple(times_b))
 
 
 HEADER = """\
@@ -70,7 +72,8 @@ def row(name: str, timing: Timing) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _seconds(fn: Call) -> float:
+def _timed(fn: Call) -> tuple[Any, float]:
+    """Its result, and its seconds."""
     start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
+    result = fn()
+    return result, time.perf_counter() - start

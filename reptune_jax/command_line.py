@@ -165,6 +165,11 @@ def _parse(argv: list[str]) -> list[str]:
         text = str(error).splitlines()[0].removeprefix("flag ")
         if missing := re.search(r"Flag (--\S+) must have a value", text):
             raise ValueError(f"{missing[1]}: got none, which this needs. See --help.") from None
+        key = re.search(r"Unknown command line flag '(config\.\S+)'", text)
+        if key and "config" in flags.FLAGS:  # whose keys are known only once it is
+            raise ValueError(
+                f"--config: got none, which --{key[1]} is a key of. Example: --config=sentiment."
+            ) from None
         flag, failed, _ = text.partition(": Error whilst parsing config file")
         if failed and error.__context__:  # which is the config's own error, told by ml_collections
             own = error.__context__.__context__

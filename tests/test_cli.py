@@ -96,6 +96,13 @@ def test_every_program_says_its_version_and_what_it_is(name: str) -> None:
     assert own.get(name, "--config") in out or (name == "report" and "--workdir" in out)
 
 
+def test_a_key_without_the_config_that_it_belongs_to() -> None:
+    code, _, err = run("dial", "--workdir=none", "--config.dial.arms=token")
+    assert code == 1 and err.startswith("error: --config: got none, which --config.dial.arms is a")
+    code, _, err = run("sweep", "vector.safetensors", "--config.dial.arms=token")  # has no --config
+    assert code == 1 and err.startswith("error: Unknown command line flag 'config.dial.arms'")
+
+
 def test_shipped_configs_are_found_by_name_with_their_argument() -> None:
     path = command_line.find_config("sentiment:quick")
     assert path == f"{ROOT / 'configs' / 'sentiment.py'}:quick"
