@@ -44,6 +44,7 @@ class Planned(NamedTuple):
     name: str
     make: Callable[[Model], Condition]
     scale: float = 0.0  # of weights that are scaled; another one is another condition
+    persona: str = ""  # identifies the one that it is under, which its name does not
 
 
 def run(c: ConfigDict, workdir: Path, model: Model | None = None) -> list[Path]:
@@ -99,6 +100,10 @@ def measure(
     before = _there(path)
     before = before[before.k == planned.scale] if planned.scale else before
     texts = _digests(asked)
+    if planned.persona:
+        texts = {
+            test: digest({"asked": sha, "under": planned.persona}) for test, sha in texts.items()
+        }
     items = pd.Series([q.id for q in asked]).groupby([q.test for q in asked]).agg(set)
     had = before.groupby("template").item_id.agg(set)
     noted = (results.made_for(path) if len(before) else None) or {}
@@ -164,15 +169,12 @@ def _prompted(c: ConfigDict, study: Study) -> list[Planned]:
     """The personas that were chosen on validation: known by the prompts of unrelated chats."""
     rows = _there(study.baseline)
     shown = rows[(rows.arm == "prompt") & (rows.split == "chats")]
-    return [
-        Planned(
-            f"prompt{_mark(sign)}",
-            partial(
-                _chosen_persona, c, int(sign), dict(zip(own.item_id, own.prompt_sha, strict=True))
-            ),
-        )
-        for sign, own in shown.groupby("sign")
-    ]
+    found = []
+    for sign, own in shown.groupby("sign"):
+        prompts = dict(zip(own.item_id, own.prompt_sha, strict=True))
+        make = partial(_chosen_persona, c, int(sign), prompts)
+        found.append(Planned(f"prompt{_mark(sign)}", make, persona=digest(prompts)))
+    return found
 
 
 def _chosen_persona(c: ConfigDict, sign: int, shown: dict[str, str], base: Model) -> Condition:

@@ -11,7 +11,7 @@ FOLDER/<condition>.json, samples included; what is there is not asked again.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from reptune_jax.config import ARMS
 from reptune_jax.console import say
 from reptune_jax.evals import capability
 from reptune_jax.evals.arms import Condition
+from reptune_jax.evals.capability import Planned
 from reptune_jax.folder import Study
 from reptune_jax.lm import Model
 from reptune_jax.reading import parse_json, reading, short
@@ -49,12 +50,14 @@ def run(given: str, asked: Asked, arms: Sequence[str] = (), to: str = "") -> dic
     settings = asked._asdict() | {"tasks": list(asked.tasks)}
     settings |= {"files": _files(Path(asked.include))} if asked.include else {}
     found: dict[str, Any] = {}
-    for name, make in _conditions(given, tuple(arms)).items():
+    planned, base = _conditions(given, tuple(arms))
+    for name, one in planned.items():
         path = Path(to) / f"{name}.json" if to else None
+        noted = settings | ({"persona": one.persona} if one.persona else {})
         if path and path.exists():
-            found[name] = _there(path, settings)
+            found[name] = _there(path, noted)
             continue
-        cond = make()
+        cond = one.make(base())
         say(f"asking {cond.title}")
         options = {k: v for k, v in settings.items() if k not in ("include", "files", "batch")}
         with reading("lm-eval", "Is the task's data within reach? --include takes local tasks."):
@@ -64,7 +67,7 @@ def run(given: str, asked: Asked, arms: Sequence[str] = (), to: str = "") -> dic
                 **options | {"limit": asked.limit or None},
             )
         print(harness.table(results), flush=True)
-        found[name] = results | {"asked": settings}
+        found[name] = results | {"asked": noted}
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             folder.write_whole(path, harness.as_json(found[name]))
@@ -123,13 +126,16 @@ def _tasks(harness: Any, asked: Asked) -> Any:
     return manager
 
 
-def _conditions(given: str, arms: tuple[str, ...]) -> dict[str, Callable[[], Condition]]:
-    """What is asked, by the name of its results; a model is only loaded for what is."""
+def _conditions(
+    given: str, arms: tuple[str, ...]
+) -> tuple[dict[str, Planned], Callable[[], Model]]:
+    """What is asked, by the name of its results, and of which model, loaded when it is called."""
     study = Study(Path(given).expanduser())
     if not (study.runs() or study.vector.is_file()):
         if arms:
             raise ValueError(f"--arms: got {', '.join(arms)} for {given}, which is no study.")
-        return {"model": lambda: Condition(lm.load(given), "base")}
+        alone = Planned("model", lambda base: Condition(base, "base"))
+        return {"model": alone}, lambda: lm.load(given)
     c = stored_config.get_config(given)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ValueError(f"--arms: got {unknown[0]!r}, expected some of {', '.join(ARMS)}.")
@@ -137,12 +143,7 @@ def _conditions(given: str, arms: tuple[str, ...]) -> dict[str, Callable[[], Con
         c.suites.arms = arms
     base = cache(lambda: capability.base_of(c, study, None))
     planned = list(capability.conditions(c, study, c.suites.arms))
-    named = {one.name + (f"_k{one.scale:g}" if one.scale else ""): one for one in planned}
-    return {name: partial(_made, one, base) for name, one in named.items()}
-
-
-def _made(planned: capability.Planned, base: Callable[[], Model]) -> Condition:
-    return planned.make(base())
+    return {one.name + (f"_k{one.scale:g}" if one.scale else ""): one for one in planned}, base
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 
 from reptune_jax import folder as folders
 from reptune_jax.config import TUNED_ARMS
@@ -20,7 +19,8 @@ from reptune_jax.data.schema import Item
 from reptune_jax.evals import measures, results, stats
 from reptune_jax.evals.measures import Measure
 from reptune_jax.evals.stats import Interval
-from reptune_jax.reading import parse_json, reading
+from reptune_jax.reading import reading
+from reptune_jax.vectors.steering_vector import SteeringVector
 from reptune_jax.watch import log
 
 SIGNS = {1: "+", -1: "−", 0: ""}
@@ -295,13 +295,12 @@ def config_sha(config: dict[str, Any]) -> str:
 
 
 def _vector(path: Path) -> dict[str, Any]:
+    """What is known of the study's vector, its layers, and the digest of its file."""
     if not path.exists():
         return {}
-    with reading(path, "Use a file that is whole."), safe_open(path, framework="numpy") as f:
-        about = dict(f.metadata() or {})
-        meta = parse_json(about.pop("meta", "{}"), path)
-        meta["layers"] = json.loads(about.pop("layers", "[]"))
-    return meta | about | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+    vector = SteeringVector.load(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return vector.meta | {"layers": list(vector.layers), "sha256": sha256}
 
 
 def _items(config: dict[str, Any], names: list[str]) -> list[Item]:

@@ -183,12 +183,30 @@ def test_what_is_there_is_not_measured_again(there, tmp_path, monkeypatch, capsy
     def half(base):
         return arms.Condition(base, "weights", sign=1, k=0.5)
 
-    for scale, again in ((0.5, 1), (0.5, 0), (0.75, 1)):  # weights at another scale are others
+    def asked_anew(one):
         seen.clear()
-        planned = capability.Planned("weights+_s0", half, scale)
-        monkeypatch.setattr(capability, "conditions", lambda *given, one=planned: [one])
+        monkeypatch.setattr(capability, "conditions", lambda *given: [one])
         capability.run(c, tmp_path, model)
-        assert len(seen) == again
+        return len(seen)
+
+    for scale, again in ((0.5, 1), (0.5, 0), (0.75, 1)):  # weights at another scale are others
+        assert asked_anew(capability.Planned("weights+_s0", half, scale)) == again
+    for shown, again in (("ab", 1), ("ab", 0), ("cd", 1), ("cd", 0)):  # and so is another persona
+        about = {
+            "behavior": "b",
+            "arm": "prompt",
+            "sign": 1,
+            "seed": 0,
+            "metric": "kl",
+            "value": 0.0,
+        }
+        chats = [
+            Row("", **about, split="chats", item_id=str(i), cluster="", prompt_sha=sha)
+            for i, sha in enumerate(shown)
+        ]
+        results.write_parquet(Study(tmp_path).baseline, chats, {})
+        (planned,) = capability._prompted(c, Study(tmp_path))
+        assert asked_anew(planned._replace(make=lambda base: Condition(base, "prompt", 1))) == again
 
 
 def test_a_broken_model_is_inferior_and_no_suites_are_an_error(there, tmp_path):

@@ -4,8 +4,10 @@ import json
 
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from reptune_jax.report import about, keep, markdown, study
+from reptune_jax.vectors import own_file
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.support import steering_case
 from tests.support.synthetic import synthetic_study
@@ -68,3 +70,15 @@ def test_a_damaged_file_of_a_study_is_named_in_one_line(name, text, tmp_path):
         study.read(copy)
     assert f"{copy if name == 'config.json' else copy / name}: " in str(e.value)
     assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_vector_whose_layers_are_no_list_is_named(tmp_path):
+    folder = synthetic_study(tmp_path / "study", items=4, seeds=(0,), arms=("dual",))
+    path = folder / "vector.safetensors"
+    steering_case.make_vector(layers=[1, 2], pairs=3).save(path)
+    known = study.read(folder).vector
+    assert (known["layers"], known["pairs"], len(known["sha256"])) == ([1, 2], 3, 12)
+    tensors, about = own_file.open_tensors(path)
+    save_file(tensors, path, about | {"layers": "3"})
+    with pytest.raises(ValueError, match=r"vector\.safetensors: got layers 3, expected numbers"):
+        study.read(folder)
