@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reptune_jax import lm, relearn, study
 from reptune_jax.config import also_behavior
-from reptune_jax.evals import arms, attack, capability, results, specificity
+from reptune_jax.evals import arms, attack, capability, dial, results, specificity, sweep
+from reptune_jax.evals.bench import Bench, prepare
+from reptune_jax.folder import Study
 from reptune_jax.report import markdown
 from reptune_jax.report.study import read
 from reptune_jax.vectors.steering_vector import SteeringVector
@@ -125,6 +127,18 @@ def test_the_dial_is_swept_on_validation_and_one_scale_is_tested(done, arm):
         at = {(r["split"], r["k"]) for r in rows if (r["sign"], r["metric"]) == (sign, "vader")}
         swept, tested = ({k for split, k in at if split == name} for name in ("val", "test"))
         assert swept == {1.0, 2.0} and len(tested) == 1 and max(tested) <= 2.0
+
+
+def test_what_costs_the_kl_of_dual_is_measured_on_the_documents_that_are_swept(done, monkeypatch):
+    """So dual itself, scaled to the KL of dual, is dual; on the test's documents KL is another."""
+    c, folder = done
+    bench = prepare(c, Study(folder))
+    budget = sweep.dual_kl(bench, Study(folder), 1)
+    monkeypatch.setattr(Bench, "rows", lambda self, cond: [cond.k])
+    assert dial.measure(bench, Study(folder), "dual", 1, [0], budget)[-1] == 1.0
+    rows = [r for r in table(folder) if (r["arm"], r["sign"], r["k"]) == ("dual", 1, 0)]
+    tested = [r["value"] for r in rows if (r["metric"], r["split"]) == ("kl", "neutral")]
+    assert abs(np.mean(tested) / budget - 1) > 0.01
 
 
 @pytest.mark.parametrize("sign", "+-")

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from reptune_jax import distributed, program
 from reptune_jax.console import say
 from reptune_jax.data import behavior as behaviors
+from reptune_jax.data import neutral
 from reptune_jax.data.behavior import Behavior
 from reptune_jax.data.schema import Item
 from reptune_jax.evals import claims, generation, judging, measures, scoring
@@ -54,6 +55,12 @@ class Bench:
     def references(self) -> list[scoring.Reference]:
         """The retention texts as the base model reads them; only read if something is measured."""
         return scoring.references(self.base, "test", self.c.eval)
+
+    @functools.cached_property
+    def swept_prose(self) -> list[scoring.Reference]:
+        """Validation prose, on which sweeps spend their KL, as the base model reads it."""
+        prose = neutral.prose(self.base, "val", self.c.steer.documents)
+        return scoring.refer(self.base, prose, self.c.eval.batch)
 
     def labels(self, cond: Condition) -> dict[str, Any]:
         """The columns that all rows of a condition share."""

@@ -8,6 +8,7 @@ every finished run. Writes `results/capability_<condition>.parquet`; what is the
 is not measured again.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from reptune_jax.evals.stats import Interval
 from reptune_jax.evals.suites import readers, scoring, tasks, verdicts
 from reptune_jax.evals.suites.readers import Question
 from reptune_jax.evals.suites.tasks import Task
-from reptune_jax.evals.sweep import dual_kl
+from reptune_jax.evals.sweep import dual_runs
 from reptune_jax.folder import RunName, Study
 from reptune_jax.lm import Model
 from reptune_jax.roles import digest
@@ -198,7 +199,7 @@ def _steered(c: ConfigDict, study: Study) -> list[Planned]:
     found = []
     for sign, own in tested.groupby("sign"):
         costs = {at: _kl(rows, sign, *at) for at in sorted({*zip(own.layer, own.k, strict=True)})}
-        budget = dual_kl(study, int(sign)) or np.inf
+        budget = _dual_kl(study, int(sign))
         # A twentieth over: a dose interpolated to equal KL never meets it exactly.
         within = {at: kl for at, kl in costs.items() if kl <= 1.05 * budget}
         at = max(within, key=within.__getitem__) if within else min(costs, key=costs.__getitem__)
@@ -206,6 +207,14 @@ def _steered(c: ConfigDict, study: Study) -> list[Planned]:
         name = f"steer{_mark(sign)}_k{at[1]:g}_l{at[0]}"
         found.append(Planned(name, partial(_steer_at, c, study, where)))
     return found
+
+
+def _dual_kl(study: Study, sign: int) -> float:
+    """Mean KL of the tuned dual runs on the documents of the test; without a limit if unknown."""
+    each = [results.read(run.results) for run in dual_runs(study, sign)]
+    found = [rows[(rows.metric == "kl") & (rows.split == "neutral")] for rows in each]
+    kl = float(np.mean([np.average(f["value"], weights=f["n_tokens"]) for f in found] or [np.inf]))
+    return kl if math.isfinite(kl) else np.inf
 
 
 def _steer_at(c: ConfigDict, study: Study, where: tuple[int, float, int], base: Model) -> Condition:

@@ -22,7 +22,7 @@ from reptune_jax.evals import arms
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench, prepare
 from reptune_jax.evals.results import Row, to_make, write_parquet
-from reptune_jax.evals.sweep import dual_kl, spends, sweep, tested
+from reptune_jax.evals.sweep import dual_kl, equal_to, spends, sweep, tested
 from reptune_jax.folder import RunName, Study
 
 
@@ -31,17 +31,17 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> list[Path]:
     study = Study(workdir)
     check(c, study)
     make = functools.cache(lambda: bench or prepare(c, study))
+    budget = functools.cache(lambda sign: dual_kl(make(), study, sign))
     for arm in dialled(c):
         path = study.dial(arm)
         with study.writing():
-            kls = {f"{sign:+d}": dual_kl(study, sign) for sign in (1, -1)}
-            asked = {"signs": list(c.study.signs), "seeds": list(c.study.seeds), "dual's KL": kls}
-            made_for = to_make(path, asked)
+            asked = {"signs": list(c.study.signs), "seeds": list(c.study.seeds)}
+            made_for = to_make(path, asked | equal_to(study))
             if made_for is None:
                 continue
             rows: list[Row] = []
             for sign in made_for["signs"]:
-                rows += measure(make(), study, arm, sign, made_for["seeds"])
+                rows += measure(make(), study, arm, sign, made_for["seeds"], budget(sign))
             write_parquet(path, rows, made_for)
         say(f"dial: {len(rows)} rows -> {path}")
     return [study.dial(arm) for arm in dialled(c)]
@@ -75,11 +75,12 @@ def check(c: ConfigDict, study: Study) -> None:
                     )
 
 
-def measure(bench: Bench, study: Study, arm: str, sign: int, seeds: list[int]) -> list[Row]:
-    """An arm's sweep on validation, and every seed at the chosen scale on test."""
+def measure(
+    bench: Bench, study: Study, arm: str, sign: int, seeds: list[int], budget: float | None
+) -> list[Row]:
+    """An arm's sweep on validation, and every seed on test at the scale that costs the budget."""
     at = functools.partial(_condition, bench, study, arm, sign)
     cells, rows = sweep(bench, (at(seeds[0], scale) for scale in bench.c.dial.scales))
-    budget = dual_kl(study, sign)
     if budget is None:
         say(f"{arm} {sign:+d}: no tuned dual run to be equal to, so no scale is tested")
         return rows

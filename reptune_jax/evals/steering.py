@@ -4,7 +4,8 @@
 
 Two doses are chosen for each sign: the best one whose KL to the base on neutral prose stays under
 `steer.max_kl`, and, where tuned `dual` runs are there, the best one at the KL that they cost.
-Writes `results/steering.parquet`; skips it where it is there, for as long as the KL is the same.
+Writes `results/steering.parquet`; skips it where it is there, for as long as those runs are the
+same.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from reptune_jax.console import say
 from reptune_jax.evals import arms
 from reptune_jax.evals.bench import Bench, prepare
 from reptune_jax.evals.results import Row, to_make, write_parquet
-from reptune_jax.evals.sweep import choose, dual_kl, sweep, tested
+from reptune_jax.evals.sweep import choose, dual_kl, equal_to, sweep, tested
 from reptune_jax.folder import Study
 
 
@@ -26,10 +27,9 @@ def run(c: ConfigDict, workdir: Path, bench: Bench | None = None) -> Path:
     study = Study(workdir)
     path = study.steering
     with study.writing():
-        kls = {f"{sign:+d}": dual_kl(study, sign) for sign in (1, -1)}
         signs = list(c.study.signs)
         baked = signs if "bake" in c.study.arms else []
-        made_for = to_make(path, {"steer": signs, "bake": baked, "dual's KL": kls})
+        made_for = to_make(path, {"steer": signs, "bake": baked} | equal_to(study))
         if made_for is None:
             return path
         rows = measure(bench or prepare(c, study), study, made_for["steer"], made_for["bake"])
@@ -48,7 +48,7 @@ def measure(bench: Bench, study: Study, signs: list[int], baked: list[int]) -> l
             bench, (arms.steered(bench.base, bench.vector, *one, sign, c.steer) for one in at)
         )
         rows += found
-        budgets = {"free": c.steer.max_kl or None, "equal KL": dual_kl(study, sign)}
+        budgets = {"free": c.steer.max_kl or None, "equal KL": dual_kl(bench, study, sign)}
         if not any(budgets.values()):
             raise ValueError(
                 "steer.max_kl: got 0 and found no tuned dual run to be equal to, expected one of "

@@ -1,23 +1,23 @@
 """How much of an intervention: a sweep on the validation split, and the choice within a KL budget.
 
 What is compared at equal side effects spends the same KL to the base on neutral prose; the budget
-is what the study's tuned `dual` runs cost.
+is what the study's tuned `dual` runs cost, on the very documents that are swept: between documents
+KL differs by more than what is compared.
 """
 
 import itertools
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from reptune_jax.console import say
-from reptune_jax.data import neutral
-from reptune_jax.evals import results, scoring
+from reptune_jax.evals import arms, scoring
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.bench import Bench, say_missing
 from reptune_jax.evals.results import Row
-from reptune_jax.folder import RunName, Study
+from reptune_jax.folder import Run, RunName, Study
 
 
 class Cell(NamedTuple):
@@ -32,18 +32,24 @@ class Cell(NamedTuple):
 def sweep(bench: Bench, conditions: Iterable[Condition]) -> tuple[list[Cell], list[Row]]:
     """Each condition on the validation split and its neutral prose."""
     cells, rows = [], []
-    batch = bench.c.eval.batch
-    prose = neutral.prose(bench.base, "val", bench.c.steer.documents)
-    known = scoring.refer(bench.base, prose, batch)
     for cond in conditions:
         say(f"sweeping {cond.title}")
         moved = bench.behavior_rows(cond, "val")
-        kept = scoring.retention_rows(cond, bench.labels(cond), known, batch)
+        kept = _prose_rows(bench, cond)
         say_missing(cond, moved + kept)
-        kl = float(np.mean([row.value for row in kept if row.metric == "kl"]))
-        cells.append(Cell(cond.layer, cond.k, cond.sign * bench.effect(moved), kl))
+        cells.append(Cell(cond.layer, cond.k, cond.sign * bench.effect(moved), _kl(kept)))
         rows += moved + kept
     return cells, rows
+
+
+def _prose_rows(bench: Bench, cond: Condition) -> list[Row]:
+    labels, batch = bench.labels(cond), bench.c.eval.batch
+    return scoring.retention_rows(cond, labels, bench.swept_prose, batch)
+
+
+def _kl(kept: list[Row]) -> float:
+    """nats/token."""
+    return float(np.mean([row.value for row in kept if row.metric == "kl"]))
 
 
 def tested(bench: Bench, rows: list[Row], cond: Condition) -> list[Row]:
@@ -100,16 +106,23 @@ def spends(cells: list[Cell], budget: float) -> float:
     return round(float(np.interp(math.sqrt(budget), roots, [0.0] + [c.dose for c in known])), 3)
 
 
-def dual_kl(study: Study, sign: int) -> float | None:
-    """Mean KL on neutral prose that the study's tuned dual models of this sign cost."""
-    names = ((RunName.parse(run.path.name), run) for run in study.runs())
-    dual = [run for name, run in names if name and (name.arm, name.sign) == ("dual", sign)]
-    each = [results.read(run.results) for run in dual if run.results.exists()]
-    found = [rows[(rows.metric == "kl") & (rows.split == "neutral")] for rows in each]
-    if not found:
-        return None
-    kl = float(np.mean([np.average(f["value"], weights=f["n_tokens"]) for f in found]))
-    if not math.isfinite(kl):
+def dual_runs(study: Study, sign: int) -> list[Run]:
+    """The study's tuned dual runs of a sign that are evaluated."""
+    named = ((RunName.parse(run.path.name), run) for run in study.runs())
+    dual = [run for name, run in named if name and (name.arm, name.sign) == ("dual", sign)]
+    return [run for run in dual if run.results.exists()]
+
+
+def equal_to(study: Study) -> dict[str, Any]:
+    """What is made at equal KL is made for these runs; for others it is made again."""
+    signed = ((f"{sign:+d}", dual_runs(study, sign)) for sign in (1, -1))
+    return {"dual runs": {sign: [run.path.name for run in runs] for sign, runs in signed}}
+
+
+def dual_kl(bench: Bench, study: Study, sign: int) -> float | None:
+    """Mean KL that the study's tuned dual models of this sign cost, on the prose of sweeps."""
+    tuned = (arms.tuned(bench.base, run.path) for run in dual_runs(study, sign))
+    kls = [_kl(_prose_rows(bench, cond)) for cond in tuned]
+    if kls and not math.isfinite(sum(kls)):
         say(f"sign {sign:+d}: the KL of the tuned dual runs is not finite; no dose is equal to it")
-        return None
-    return kl
+    return float(np.mean(kls)) if kls and math.isfinite(sum(kls)) else None

@@ -19,19 +19,20 @@ BASE = Row(
 def study(tmp_path, monkeypatch):
     """A folder, and the calls of what measures: nothing is."""
     made = []
-    fake = lambda *given: made.append(given[2:]) or []  # noqa: E731
+    fake = lambda *given: made.append(given[2:5]) or []  # noqa: E731
     monkeypatch.setattr(dial, "measure", fake)
     monkeypatch.setattr(steering, "measure", fake)
     monkeypatch.setattr(baseline, "best_prompt", lambda bench, sign: made.append(sign))
     monkeypatch.setattr(baseline, "has_personas", lambda items: True)
     monkeypatch.setattr(dial, "check", lambda c, study: None)
+    monkeypatch.setattr(dial, "dual_kl", lambda bench, study, sign: 0.02)
     return Study(tmp_path), made
 
 
-def tuned(study, seed, kl):
+def tuned(study, seed):
     """A tuned dual run's results."""
     about = {"run_id": "r", "behavior": "b", "arm": "dual", "sign": 1, "split": "neutral"}
-    row = Row(**about, seed=seed, item_id="d", cluster="d", metric="kl", value=kl, n_tokens=10)
+    row = Row(**about, seed=seed, item_id="d", cluster="d", metric="kl", value=0.1, n_tokens=10)
     run = study.run(RunName("dual", 1, seed))
     run.checkpoints.mkdir(parents=True)
     results.write_parquet(run.results, [row])
@@ -68,11 +69,11 @@ def test_scaled_weights_and_steering_follow_the_seeds_and_the_kl_of_dual(study):
         steering.run(c, folder.path, bench=SimpleNamespace())
         return list(made)
 
-    tuned(folder, 0, 0.02)
+    tuned(folder, 0)
     assert run() == [("weights", 1, [0]), ([1], [])]
     assert run() == []
     c.study.seeds = (0, 1)
-    tuned(folder, 1, 0.04)  # which changes what is compared at equal KL
+    tuned(folder, 1)  # which changes what is compared at equal KL
     assert run() == [("weights", 1, [0, 1]), ([1], [])]
     c.study.seeds = (1,)
     assert run() == []  # nothing is lost where fewer are asked for

@@ -1,18 +1,20 @@
 """Answers and scores that are not finite are missing: NaN, counted, named, and never chosen."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import reptune_jax as rt
+from reptune_jax import config
 from reptune_jax.data import behavior as behaviors
 from reptune_jax.data import neutral
-from reptune_jax.evals import bench, claims, generation, judging, scoring
+from reptune_jax.evals import bench, claims, generation, judging, scoring, sweep
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row
-from reptune_jax.evals.sweep import Cell, choose, dual_kl
+from reptune_jax.evals.sweep import Cell, choose
 from reptune_jax.folder import Study
 from reptune_jax.vectors.steering_vector import SteeringVector
 from tests.support import tiny, tiny_behavior
@@ -93,15 +95,27 @@ def test_a_dose_with_missing_values_is_never_chosen():
         choose([Cell(5, 1.0, nan, 0.1), Cell(10, 1.0, 0.1, nan)], 1.0)
 
 
-def test_a_dual_whose_kl_is_missing_is_no_budget(tmp_path, capsys):
-    from reptune_jax.evals import results
+def test_a_dual_whose_kl_is_missing_is_no_budget(tmp_path, monkeypatch, capsys):
+    kl = {"0": 0.02, "1": 0.04, "2": math.nan}
 
-    row = Row(
-        run_id="r", behavior="b", arm="dual", sign=1, seed=0, split="neutral", item_id="d",
-        cluster="d", metric="kl", value=math.nan, n_tokens=9,
-    )  # fmt: skip
-    results.write_parquet(tmp_path / "dual+_s0/results/tuned.parquet", [row])
-    (tmp_path / "dual+_s0/checkpoints").mkdir()
-    assert Study(tmp_path).runs()
-    assert dual_kl(Study(tmp_path), 1) is None
+    def made(base, run):
+        return Condition(base, "dual", 1, int(run.name[-1]))
+
+    def kept(cond, labels, known, batch):
+        return [
+            SimpleNamespace(metric=m, value=v) for m, v in (("kl", kl[str(cond.seed)]), ("nll", 9))
+        ]
+
+    monkeypatch.setattr(sweep.arms, "tuned", made)
+    monkeypatch.setattr(sweep.scoring, "retention_rows", kept)
+    of = SimpleNamespace(base=None, c=config.default(), swept_prose=(), labels=lambda cond: {})
+    study = Study(tmp_path)
+    assert sweep.dual_kl(of, study, 1) is None
+    for seed, expected in (("0", 0.02), ("1", 0.03), ("2", None)):
+        results = tmp_path / f"dual+_s{seed}/results/tuned.parquet"
+        results.parent.mkdir(parents=True)
+        (tmp_path / f"dual+_s{seed}/checkpoints").mkdir()
+        results.touch()
+        assert sweep.dual_kl(of, study, 1) == pytest.approx(expected)
     assert "the KL of the tuned dual runs is not finite" in capsys.readouterr().out
+    assert sweep.dual_kl(of, study, -1) is None
