@@ -68,6 +68,8 @@ class LlamaCpp:
         self.lib = _library()
         load = self.lib.llama_model_load_from_file
         model = load(str(path).encode(), self.lib.llama_model_default_params())
+        if not model:
+            raise ValueError(f"llama.cpp does not read {path}")
         self.model = ctypes.c_void_p(model)
         self.begin()
 
