@@ -2,14 +2,16 @@
 
 import functools
 import time
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from reptune_jax import distributed
 
 T = TypeVar("T")
+_counting: list[Any] = []  # bars that stand for all that is done within them
 
 
 def say(message: str) -> None:
@@ -26,7 +28,23 @@ def note(message: str) -> None:
 
 def watched(steps: Iterable[T], doing: str) -> Iterable[T]:
     """The steps, with a bar and the time left where they take more than two seconds."""
-    return tqdm(steps, desc=doing, delay=2, leave=False, disable=not distributed.is_first())
+    return tqdm(steps, desc=doing, delay=2, leave=False, disable=not _draws())
+
+
+@contextmanager
+def counted(total: int, doing: str, quiet: bool = False, **how: Any) -> Iterator[tqdm]:
+    """As `watched`, for who counts by itself; what is watched meanwhile has no bar of its own."""
+    draws = _draws() and not quiet
+    with tqdm(total=total, desc=doing, delay=2, leave=False, disable=not draws, **how) as bar:
+        _counting.append(bar)
+        try:
+            yield bar
+        finally:
+            _counting.pop()
+
+
+def _draws() -> bool:
+    return distributed.is_first() and not _counting
 
 
 def clock(seconds: float) -> str:

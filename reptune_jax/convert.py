@@ -14,10 +14,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from absl import flags
-from tqdm import tqdm
 
 from reptune_jax import cards, command_line, lm, program, tuned_run
-from reptune_jax.console import say
+from reptune_jax.console import counted, say
 from reptune_jax.evals import agreement
 from reptune_jax.folder import Run, Study
 from reptune_jax.hub import export, orbax_io, peft, safetensors_io, side_files, stored, weights
@@ -135,7 +134,7 @@ def write_model(to: Path, source: Source, tuned: TunedRun | None, format: str, d
     total = sum(leaf.nbytes for leaf in leaves.values())
     with (
         export.all_or_nothing(to) as scratch,
-        tqdm(total=total, desc="converting", unit="B", unit_scale=True, delay=2) as bar,
+        counted(total, "converting", unit="B", unit_scale=True) as bar,
     ):
         spelling = weights.spelling(source, arch)
         if format == "orbax":

@@ -16,6 +16,16 @@ def test_one_of_several_processes_speaks_and_draws(first, monkeypatch, capsys):
     assert capsys.readouterr().err == ""  # what is over within two seconds has no bar
 
 
+def test_a_bar_stands_for_those_within_it():
+    with console.counted(2, "all", quiet=True) as outer:
+        assert outer.disable and console.watched([1], "a part").disable
+    assert not console.watched([1], "alone").disable
+    with pytest.raises(KeyError), console.counted(2, "all") as outer:
+        assert not outer.disable and console.watched([1], "a part").disable
+        raise KeyError
+    assert not console.watched([1], "alone").disable
+
+
 @pytest.mark.parametrize(
     "seconds,text",
     [

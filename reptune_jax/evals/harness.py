@@ -14,8 +14,8 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 from lm_eval.utils import make_table as table
-from tqdm import tqdm
 
+from reptune_jax.console import counted
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.suites import shared
 from reptune_jax.evals.suites.scoring import encoder
@@ -97,7 +97,7 @@ class Harness(LM):
         alike: dict[str, list[int]] = {}  # requests that are generated in one way
         for i, request in enumerate(requests):
             alike.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        with tqdm(total=len(requests), desc="answering", disable=disable_tqdm) as bar:
+        with counted(len(requests), "answering", disable_tqdm) as bar:
             for of in alike.values():
                 for start in range(0, len(of), _BATCHES * self.batch):
                     part = of[start : start + _BATCHES * self.batch]
@@ -129,7 +129,7 @@ class Harness(LM):
 
     def _score(self, pairs: Sequence[Scored], quiet: bool) -> list[tuple[float, bool]]:
         found: dict[Scored, tuple[float, bool]] = {}
-        with tqdm(total=len({*pairs}), desc=self.cond.title, disable=quiet) as bar:
+        with counted(len({*pairs}), self.cond.title, quiet) as bar:
             for part in shared.scores(self.cond, pairs, self.batch):
                 found |= part
                 bar.update(len(part))

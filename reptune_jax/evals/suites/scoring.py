@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from reptune_jax.console import counted
 from reptune_jax.evals.arms import Condition
 from reptune_jax.evals.results import Row, sha
 from reptune_jax.evals.suites import shared
@@ -103,9 +103,7 @@ def _scores(cond: Condition, pairs: list[Scored], batch: int) -> dict[Scored, fl
             single.setdefault(pair.ids[:-1], []).append(pair)
     several = [pair for pair in pairs if len(pair.ids) > pair.start + 1]
     found: dict[Scored, float] = {}
-    with tqdm(
-        total=len(several) + len(single), desc=cond.title, unit="text", delay=2, leave=False
-    ) as bar:
+    with counted(len(several) + len(single), cond.title, unit="text") as bar:
         for part in shared.scores(cond, several, batch):
             found |= {pair: score for pair, (score, _) in part.items()}
             bar.update(len(part))
