@@ -50,7 +50,7 @@ class Arch:
     o_bias: bool = False
     mlp_bias: bool = False
     # what families differ in; a field that is off is not shown
-    act: str = "silu"  # of the MLP: a key of transformer.ACTIVATIONS
+    act: str = "silu"  # of the MLP: a key of mlp.ACTIVATIONS
     gated: bool = True  # act(gate) * up; else act(up)
     norm: str = "rms"  # rms | rms_late | rms_plus_one | layer: see norms.py
     pre_norm: bool = True  # of what attention and MLP read

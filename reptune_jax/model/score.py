@@ -1,4 +1,7 @@
-"""Probabilities in given text: whole continuations, candidates for the next token, endings."""
+"""Probabilities in given text: whole continuations, candidates for the next token, endings.
+
+`above` is `Decoder`'s: rows that are known up to a layer go on from there.
+"""
 
 from functools import partial
 
@@ -10,9 +13,10 @@ from reptune_jax.model.transformer import unembed
 
 
 @partial(jax.jit, static_argnames=("decoder", "L"))
-def continuations(decoder, params, prefix, tokens_BxT, mask_BxT, start_B, steer, *, L):
+def continuations(decoder, params, prefix, tokens_BxT, mask_BxT, start_B, steer, above=None, *, L):
     """Summed log-probability of the tokens from `start_B` on, and whether each is the argmax."""
-    hidden, _ = apply_after(decoder, {"params": params}, prefix, tokens_BxT, mask_BxT, steer=steer)
+    asked = {"steer": steer, "above": above}
+    hidden, _ = apply_after(decoder, {"params": params}, prefix, tokens_BxT, mask_BxT, **asked)
     at_BxL = start_B[:, None] + jnp.arange(L)
     real_BxL = at_BxL < mask_BxT.sum(axis=1, keepdims=True)
     at_BxL = jnp.minimum(at_BxL, tokens_BxT.shape[1] - 1)
@@ -44,9 +48,10 @@ def endings(decoder, params, tokens_BxT, mask_BxT, at_BxL, stop_S):
 
 
 @partial(jax.jit, static_argnames=("decoder",))
-def candidates(decoder, params, prefix, tokens_BxT, mask_BxT, candidates_BxC, steer):
+def candidates(decoder, params, prefix, tokens_BxT, mask_BxT, candidates_BxC, steer, above=None):
     """The last real token of every row predicts its next one."""
-    hidden, _ = apply_after(decoder, {"params": params}, prefix, tokens_BxT, mask_BxT, steer=steer)
+    asked = {"steer": steer, "above": above}
+    hidden, _ = apply_after(decoder, {"params": params}, prefix, tokens_BxT, mask_BxT, **asked)
     last_B = mask_BxT.sum(axis=1) - 1
     hidden_BxD = jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)[:, 0]
     logits_BxV = unembed(decoder, params, hidden_BxD)

@@ -12,6 +12,7 @@ callers that make it mutable:
   `cosine`   [N, B, T]     `probe`: scalars computed inside the layer, never a stack of residuals
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -25,24 +26,19 @@ from reptune_jax.model import attention, intervene
 from reptune_jax.model import cache as caches
 from reptune_jax.model.arch import Arch, Layer
 from reptune_jax.model.cache import Cache, KeysValues
+from reptune_jax.model.mlp import MLP
 from reptune_jax.model.norms import Norm
 from reptune_jax.model.precision import in_float32, in_full
 from reptune_jax.model.projection import Projection
 from reptune_jax.model.rope import rope_tables, rotate
 
 Segments = tuple[tuple[str, int], ...]  # (name, number of layers), bottom to top
+Carry = tuple[jax.Array, KeysValues | None]  # the residual stream, and a segment's cache
 
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
 }
 
 
@@ -64,6 +60,7 @@ class Shared:
     read_BxPxT: jax.Array | None
     keep_residual: bool = flax.struct.field(pytree_node=False, default=False)
     kernel: attention.Kernel = flax.struct.field(pytree_node=False, default=attention.XLA)
+    first: jax.Array | None = None  # of this segment's layers, that runs; None: all of them
     rows: Any = flax.struct.field(pytree_node=False, default=None)
 
     def by_rows(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -141,28 +138,6 @@ class Attention(nn.Module):
         return kinds[0](q, k, v) if kind_N is None else jax.lax.switch(kind_N, kinds, q, k, v)
 
 
-class MLP(nn.Module):
-    """act(gate) * up, then down; ungated: act(up), then down."""
-
-    arch: Arch
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        a = self.arch
-
-        def act(x_BxTxF: jax.Array) -> jax.Array:  # rounded once: x sigmoid(x) would be twice
-            return ACTIVATIONS[a.act](x_BxTxF.astype(jnp.float32)).astype(self.dtype)
-
-        def dense(name: str, features: int) -> Projection:
-            return Projection((features,), a.mlp_bias, self.dtype, name=name)
-
-        hidden_BxTxF = act(dense("gate" if a.gated else "up", a.F)(x_BxTxD))
-        if a.gated:
-            hidden_BxTxF *= dense("up", a.F)(x_BxTxD)
-        return dense("down", a.D)(hidden_BxTxF)
-
-
 class Block(nn.Module):
     """One layer; its output is "layer l" everywhere in this project (HF `hidden_states[l+1]`)."""
 
@@ -170,9 +145,13 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[jax.Array, KeysValues | None], layer: PerLayer, shared: Shared
-    ) -> tuple[tuple[jax.Array, KeysValues | None], None]:
+    def __call__(self, carry: Carry, layer: PerLayer, shared: Shared) -> tuple[Carry, None]:
+        if shared.first is None:
+            return self._through(carry, layer, shared), None
+        runs, asked = layer.index_N >= shared.first, (carry, layer, shared)
+        return nn.cond(runs, Block._through, lambda _, carry, *__: carry, self, *asked), None
+
+    def _through(self, carry: Carry, layer: PerLayer, shared: Shared) -> Carry:
         x_BxTxD, cache = carry
         x_BxTxD = shared.by_rows(x_BxTxD)
         mixed, cache = Attention(self.arch, self.dtype, name="attn")(
@@ -189,7 +168,7 @@ class Block(nn.Module):
         for edit, token_BxT in zip(layer.steers, shared.steer_tokens, strict=True):
             x_BxTxD = intervene.apply_steer(x_BxTxD, token_BxT, *edit)
         self._sow(x_BxTxD, layer, shared)
-        return (x_BxTxD, cache), None
+        return x_BxTxD, cache
 
     def _norm(self, name: str, x_BxTxD: jax.Array) -> jax.Array:
         return Norm(self.arch.norm, self.arch.norm_eps, self.dtype, name=name)(x_BxTxD)
@@ -267,6 +246,7 @@ class Decoder(nn.Module):
         slot: jax.Array | int = 0,
         enter: tuple[str, jax.Array] | None = None,
         leave: str = "",
+        above: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns (hidden_BxTxD after the final norm, cache).
 
@@ -278,6 +258,8 @@ class Decoder(nn.Module):
 
         `leave` names a segment to stop before: hidden is then the residual stream that enters it.
         `enter` = (segment, that residual) goes on from there, and the segments below do not run.
+        `above` = (a layer's number, [T, D] or [B, T, D]) likewise from the layer on, which is data:
+        one program for all of them. Nothing is sown then, and a cache lacks the layers below.
         """
         T, kinds = tokens_BxT.shape[1], self.arch.kinds
         if text_BxT is not None:
@@ -306,12 +288,17 @@ class Decoder(nn.Module):
         names = [name for name, _ in self.segments]
         first = names.index(enter[0]) if enter else 0
         start = sum(length for _, length in self.segments[:first])
-        x_BxTxD = enter[1] if enter else self._embed(tokens_BxT, positions_BxT, mask_BxT)
+        if above:
+            x_BxTxD = jnp.broadcast_to(above[1], (*tokens_BxT.shape, self.arch.D))
+        else:
+            x_BxTxD = enter[1] if enter else self._embed(tokens_BxT, positions_BxT, mask_BxT)
         written = None if cache is None else dict(cache)
         for name, length in self.segments[first:]:
             if name == leave:
                 return x_BxTxD, written
             carry = x_BxTxD, None if cache is None else cache[name]
+            if above:
+                shared = dataclasses.replace(shared, first=above[0] - start)
             (x_BxTxD, own), _ = getattr(self, name)(
                 carry, layers.slice(start, start + length), shared
             )

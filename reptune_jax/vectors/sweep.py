@@ -1,11 +1,13 @@
 """Layers x doses x prompts at once: how far a vector moves an answer, and for whom the wrong way.
 
-Every row of a batch has its own layer and dose, so all of them are one compiled program; and where
-the prompt is left alone, it is read once for all of a prompt's cells. After Tan et al. (2024,
-arXiv 2407.12404), who found that up to half of the prompts of a data set move the wrong way.
+Every row of a batch has its own layer and dose, so all of them are one compiled program. Where the
+prompt is left alone, it is read once for all of a prompt's cells; and of several batches each
+begins above the layers that it leaves alone, which run once. After Tan et al. (2024, arXiv
+2407.12404), who found that up to half of the prompts of a data set move the wrong way.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +23,14 @@ from reptune_jax.model.intervene import rows as rows_of
 from reptune_jax.model.intervene import span
 from reptune_jax.model.padding import pad
 from reptune_jax.model.prefix import Prefix
+from reptune_jax.model.read import read_at_once
 from reptune_jax.vectors import sweep_file
 from reptune_jax.vectors.intervention import Intervention
 from reptune_jax.vectors.steering_vector import SteeringVector
 
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 _BUCKET = 32  # of prompts' lengths, so that few shapes are compiled
+_ROWS, _TOKENS = 32, 1536  # of a batch: small ones share more layers, large ones make fast products
 Prompt = str | list[dict[str, str]]
 
 
@@ -153,42 +157,55 @@ def _cells(
     if P:
         tokens, mask = pad([prompt[:P]], model.pad_id, left=True, bucket=_BUCKET)
         prefix = Prefix(tokens, None, mask)
-    batches = -(-len(cells) // batch_size)
-    size = -(-len(cells) // batches)
-    single = all(len(answer) == 1 for answer in answers)
-    out_CxA = []
-    for first in range(0, len(cells), size):
-        some = cells[first : first + size]
+    logp = functools.partial(_logp, model, done, cells, batch_size, prefix, len(prompt) - P)
+    if all(len(answer) == 1 for answer in answers):  # letters: all are read off one row
+        return logp(prompt[P:], [answer[0] for answer in answers])
+    return np.stack([logp(prompt[P:] + answer) for answer in answers], axis=1)
+
+
+def _logp(
+    model: Model,
+    done: Intervention,
+    cells: Sequence[tuple[int, float]],
+    batch_size: int,
+    prefix: Prefix | None,
+    start: int,
+    ids: list[int],
+    letters: Sequence[int] = (),
+) -> np.ndarray:
+    """log p, [C], of the answer that begins at `start` of the row `ids` behind the prefix; or of
+    each of the letters as the row's next token, [C, A]."""
+    most = min(batch_size, max(_ROWS, _TOKENS // len(ids)))
+    size = -(-len(cells) // -(-len(cells) // most))
+    bucket = _BUCKET if not prefix else 8 if len(ids) > 2 else 1
+    row = pad([ids], model.pad_id, left=False, bucket=bucket)
+    plain_NxTxD = None  # what cells of other layers have below their own
+    if len(cells) > size:
+        one, asked = meshes.put_rows(row, model.mesh), {"hidden": False, "keep_residual": True}
+        plain = read_at_once(model.decoder, model.params, *one, prefix, **asked)
+        plain_NxTxD = plain.residual_NxBxTxD[:, 0]
+    found = []
+    for some in (cells[i : i + size] for i in range(0, len(cells), size)):
+        tokens, real = (np.repeat(a, size, axis=0) for a in row)
+        start_B = np.full(size, start, np.int32)
         dose_NxB, on_NxB = (np.zeros((model.arch.N, size), np.float32) for _ in range(2))
         for b, (layer, dose) in enumerate(some):
             dose_NxB[layer, b], on_NxB[layer, b] = dose, dose != 0
-
-        def place(ids: list[int], doses: Any = (dose_NxB, on_NxB)) -> tuple[Any, Any, Any]:
-            """Rows of these ids behind the prefix, where the answer begins, and how they move."""
-            bucket = _BUCKET if not P else 8 if len(ids) > 2 else 1
-            tokens, real = pad([ids], model.pad_id, left=False, rows=size, bucket=bucket)
-            start_B = np.full(size, len(prompt) - P, np.int32)
-            steer = done.by_rows(model.arch, rows_of(real, _no_cosine, start_B), *doses)
-            return (tokens, real), start_B, (steer,)
-
-        if single:
-            rows, _, steers = place(prompt[P:])
-            picked = np.tile([answer[0] for answer in answers], (size, 1)).astype(np.int32)
-            placed = meshes.put_rows((*rows, picked), model.mesh)
-            logp = score.candidates(model.decoder, model.params, prefix, *placed, steers)
-            out_CxA.append(meshes.fetch(logp)[: len(some)])
-            continue
-        each = []
-        for answer in answers:
-            rows, start_B, steers = place(prompt[P:] + answer)
-            placed = meshes.put_rows((*rows, start_B), model.mesh)
-            L = -(-len(answer) // 8) * 8
-            logp_B, _ = score.continuations(
-                model.decoder, model.params, prefix, *placed, steers, L=L
-            )
-            each.append(meshes.fetch(logp_B)[: len(some)])
-        out_CxA.append(np.stack(each, axis=1))
-    return np.concatenate(out_CxA)
+        at = rows_of(real, _no_cosine, start_B)
+        steers = (done.by_rows(model.arch, at, dose_NxB, on_NxB),)
+        first = min(layer for layer, _ in some)
+        above = None if plain_NxTxD is None or not first else (first, plain_NxTxD[first - 1])
+        how = model.decoder, model.params, prefix
+        if letters:
+            picked = np.tile(letters, (size, 1)).astype(np.int32)
+            placed = meshes.put_rows((tokens, real, picked), model.mesh)
+            logp = score.candidates(*how, *placed, steers, above)
+        else:
+            placed = meshes.put_rows((tokens, real, start_B), model.mesh)
+            L = -(-(len(ids) - start) // 8) * 8
+            logp, _ = score.continuations(*how, *placed, steers, above, L=L)
+        found.append(meshes.fetch(logp)[: len(some)])
+    return np.concatenate(found)
 
 
 def _no_cosine(probe: Any) -> Any:

@@ -158,6 +158,27 @@ def test_segments_equal_one_scan_and_are_other_programs(made):
     assert scans(ours.decoder, ours.params) == 1
 
 
+@pytest.mark.parametrize("cuts", [(), (1, 2, 1)])
+def test_what_is_known_up_to_a_layer_goes_on_from_there(cuts, made):
+    """By one program for all layers; those below do not run, so their weights may be anything."""
+    ours, _ = made("qwen2")
+    ids = jnp.asarray(draw_ids(3, 16))
+    known = ours.forward(ids, capture=True).residual_NxBxTxD
+    decoder = Decoder(ours.arch, segments(*cuts)) if cuts else ours.decoder
+    want = run(ours.decoder, ours.params, ids)
+
+    @jax.jit
+    def above(params, first, x):
+        return run(decoder, params, ids, above=(first, x))
+
+    for first in range(1, ours.arch.N + 1):
+        blocks = jax.tree.map(lambda a, n=first: a.at[:n].set(jnp.nan), ours.params["blocks"])
+        params = ours.params | {"blocks": blocks}
+        found = above(cut(params, *cuts) if cuts else params, first, known[first - 1])
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+    assert above._cache_size() == 1
+
+
 def test_only_the_tuned_segment_is_differentiated(made):
     """Nothing below is linearised: the scan below keeps no residuals for a backward pass."""
     ours, _ = made("llama")
