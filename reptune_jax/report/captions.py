@@ -85,10 +85,11 @@ SPECIFICITY = _line("""
     {items}.
 """)
 ATTACKS = _line("""
-    Broken: a vector is found if every seed's |cos| at its best layer is above what the best of as
-    many random directions stays under 999 times in 1,000; an effect is broken if at least half of
-    it is gone by the whole 95 % interval, at KL to the untuned model on prose of at most
-    {max_kl:g} nats/token (or what the arm costs anyway), and further than along a random direction.
+    Broken: a vector is found if every seed's |cos| at its best layer is above one half; a trace of
+    it, if above what the best of as many random directions stays under 999 times in 1,000. An
+    effect is broken if at least half of it is gone by the whole 95 % interval, at KL to the untuned
+    model on prose of at most {max_kl:g} nats/token (or what the arm costs anyway), and further than
+    along a random direction.
     Not broken means within these attacks and this budget, and nothing beyond them. Each line is a
     test of its own, not adjusted for their number.
 """)

@@ -23,7 +23,7 @@ _KINDS = {
     "open": {
         "no difference shown", "rival collapsed", "inconclusive", outcomes.NO_EFFECT,
         outcomes.NO_BETTER, outcomes.NOT_MEASURED, verdicts.UNDECIDED, verdicts.UNINFORMATIVE,
-        attacked.HELD, attacked.UNDECIDED, attacked.NOTHING, attacked.UNSPECIFIC,
+        attacked.HELD, attacked.UNDECIDED, attacked.NOTHING, attacked.UNSPECIFIC, attacked.TRACE,
         attacked.DESTROYED,
     },
 }  # fmt: skip

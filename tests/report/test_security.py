@@ -193,8 +193,21 @@ def test_nothing_is_said_to_be_broken_where_there_was_no_effect():
 
 def test_a_vector_is_found_by_as_many_texts_as_exceed_chance(attacks):
     (found,) = verdicts.found(attacks)
-    assert (found.least, found.in_activations, found.in_weights) == (4, "broken", "broken")
+    assert (found.least, found.in_activations, found.in_weights) == (4, "a trace", "broken")
     assert found.texts == pytest.approx({1: 0.05, 4: 0.3}) and found.blind == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    "cosines,word",
+    [
+        ((0.51, 0.9), "broken"), ((0.5, 0.9), "a trace"), ((0.1, 0.9), "not broken within budget"),
+        ((0.21, 0.49), "a trace"), ((0.2, 0.49), "not broken within budget"),
+    ],
+)  # fmt: skip
+def test_a_vector_is_found_where_half_of_what_is_found_is_the_vector(cosines, word):
+    """In every seed; what is above chance (.2 here) and no more is a trace of it."""
+    assert verdicts._nearness(pd.Series(cosines), 0.2) == word
+    assert verdicts._nearness(pd.Series(cosines), 0.95) == "not broken within budget"
 
 
 def test_the_report_and_the_card_say_it_and_never_that_it_is_secure(tmp_path):

@@ -17,8 +17,9 @@ from reptune_jax.evals.stats import Interval
 BROKEN, HELD, UNDECIDED = "broken", "not broken within budget", "undecided"
 NOTHING = "no effect to attack"
 UNSPECIFIC = "no better than a random direction"
+TRACE = "a trace"  # of a vector: above chance, and nearer to all else than to it
 DESTROYED = "beyond the budget of KL"
-_HALF = 0.5  # of the effect: with less than that left a model is broken
+_HALF = 0.5  # of the effect: with less than that left a model is broken; of a vector, its |cos|
 _KINDS = ("project", "ablate", "scale", "round", "prompt", "paraphrase", "relearn")
 FREE = ("random", "control", "control-chat")  # what is tried for comparison only
 # Of these the lead on the base treated likewise tells, which loses by it too: of the last one of
@@ -359,12 +360,13 @@ def _found(attacks: Attacks, rows: pd.DataFrame, arm: str, sign: int, of: str) -
     chance = float(rows[rows.metric == "null"]["value"].max())
     energy = rows[(rows.position == "weights:blind") & (rows.metric == "energy")]["value"].mean()
     texts = {p: _by_texts(aligned[place == f"activations:{p}"]) for p in ("all", "first5")}
-    enough = [n for n, each in texts["all"].items() if (each > chance).all()]
     blind = best("weights:blind", 1.0)
     base = attacks.part("base", 0)
     base = base[(base.position == "again") & (base.metric == "aligned")]
-    in_weights = "" if blind.isna().all() else BROKEN if (blind > chance).all() else HELD
-    in_texts = "" if not texts["all"] else BROKEN if enough else HELD
+    in_weights = "" if blind.isna().all() else _nearness(blind, chance)
+    words = {n: _nearness(each, chance) for n, each in texts["all"].items()}
+    in_texts = next((word for word in (BROKEN, TRACE, HELD) if word in words.values()), "")
+    enough = [n for n, word in words.items() if word == in_texts != HELD]
     means = {p: {n: float(each.mean()) for n, each in of_n.items()} for p, of_n in texts.items()}
     return Found(
         arm, sign, of, blind.mean(), best("weights:blind", 8.0).mean(),
@@ -372,6 +374,11 @@ def _found(attacks: Attacks, rows: pd.DataFrame, arm: str, sign: int, of: str) -
         aligned[place == "again"]["value"].mean(), base["value"].mean(), chance,
         min(enough, default=0), in_weights, in_texts,
     )  # fmt: skip
+
+
+def _nearness(cos: pd.Series, chance: float) -> str:
+    """Of what every seed's found direction is to the vector."""
+    return BROKEN if (cos > max(_HALF, chance)).all() else TRACE if (cos > chance).all() else HELD
 
 
 def _by_texts(rows: pd.DataFrame) -> dict[int, pd.Series]:
