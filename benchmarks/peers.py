@@ -177,7 +177,7 @@ def sweeping(both: Both, layers: int, doses: int, prompts: int) -> dict[str, Cas
     """Log-odds of two letters at every layer, dose and prompt."""
     numbered = [f"{prompt} A or B? ({i})" for i in range(prompts) for prompt in PROMPTS]
     asked = [(text, "A", "B") for text in numbered[:prompts]]
-    at = np.linspace(1, both.N - 1, layers).round().astype(int).tolist()
+    at = np.linspace(0, both.N - 1, layers).round().astype(int).tolist()
     strengths = [float(d) for d in range(-(doses // 2), doses - doses // 2 + 1) if d][:doses]
     vector = rt.extract(both.ours, PAIRS).at(at)
     ids = [both.ours.encode_prompt(text) for text, _, _ in asked]

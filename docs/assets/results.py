@@ -9,7 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- from results/ by docs/assets/results.py -->\n", "<!-- end -->"
 # docs/results.md has them: what lost, what another costs, and what is too small to show a thing.
-LEFT_OUT = ("sycophancy-persona", "sentiment-cost", "honesty-quick")
+LEFT_OUT = (
+    "sycophancy-persona", "sentiment-cost", "sentiment-8-labels", "honesty-quick", "honesty-cost",
+)  # fmt: skip
 RIVALS = ("prompt", "steer", "token", "random", "weights")
 NOT_THE_VECTOR = "not shown better than random"  # moved, but so did the random direction
 
