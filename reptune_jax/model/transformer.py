@@ -151,6 +151,7 @@ class Block(nn.Module):
         runs, asked = layer.index_N >= shared.first, (carry, layer, shared)
         return nn.cond(runs, Block._through, lambda _, carry, *__: carry, self, *asked), None
 
+    @nn.nowrap  # operations keep the layer's own name, not this one's
     def _through(self, carry: Carry, layer: PerLayer, shared: Shared) -> Carry:
         x_BxTxD, cache = carry
         x_BxTxD = shared.by_rows(x_BxTxD)
